@@ -1,0 +1,57 @@
+# Every target sets up what it needs; none has to be run before another.
+#   make demo    watch a student learn, synchronously and asynchronously
+#   make test    the test suite          (make test ARGS="-k gather -x" passes arguments to pytest)
+VENV := $(CURDIR)/.venv
+PYTHON ?=
+TORCH ?=
+ARGS ?=
+
+# One thread unless the caller says otherwise: the workers of the pipeline share the cores.
+export OMP_NUM_THREADS ?= 1
+
+ENVIRONMENT := $(VENV)/.environment-stamp
+NATIVE := $(VENV)/.native-stamp
+BUILD := $(VENV)/.build-stamp
+SOURCES := $(shell find csrc -type f)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint wheel clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
+
+setup: $(BUILD) ## .venv with pinned packages and the compiled extension
+
+$(ENVIRONMENT): requirements/lock.txt requirements/torch.txt requirements/setup_venv.sh
+	PYTHON="$(PYTHON)" TORCH="$(TORCH)" requirements/setup_venv.sh "$(VENV)"
+	@touch $@
+
+# The extension is built in place, by ninja, before pip is asked: pip would hide what the build has to say.
+$(NATIVE): $(ENVIRONMENT) setup.py $(SOURCES)
+	$(VENV)/bin/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Editable, so that Python files need no rebuild.
+$(BUILD): $(NATIVE) pyproject.toml
+	$(VENV)/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: $(BUILD) ## teacher, student and the pipeline on this machine's CPU; writes runs/demo-sync and runs/demo-async
+	$(VENV)/bin/asyncopd demo
+
+test: $(BUILD) ## the test suite, with line coverage of asyncopd/
+	$(VENV)/bin/python -m pytest --cov=asyncopd --cov-report=term --cov-fail-under=90 $(ARGS)
+
+lint: $(BUILD) ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+wheel: $(BUILD) ## a wheel for this machine in dist/
+	rm -rf build/lib* build/bdist*
+	$(VENV)/bin/python -m build --wheel --no-isolation
+
+clean: ## remove what was built; keeps .venv and runs/
+	rm -rf build dist *.egg-info asyncopd/_C.*.so .coverage .coverage.* coverage.xml htmlcov
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis .benchmarks
+	rm -f $(NATIVE) $(BUILD)

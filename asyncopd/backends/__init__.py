@@ -1,0 +1,78 @@
+"""Which implementation runs an op: chosen by device and dtype, forced by ASYNCOPD_BACKEND, never changed in silence."""
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+
+_MODULES = {
+    "reference": "asyncopd.backends.reference",
+    "cpu": "asyncopd.backends.cpu",
+    "triton": "asyncopd.kernels",
+    "cuda": "asyncopd.backends.cuda",
+}
+BACKENDS = tuple(_MODULES)
+_DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend was asked for by name and cannot run; the message says why."""
+
+
+@cache
+def module(name: str) -> ModuleType:
+    return importlib.import_module(_MODULES[name])
+
+
+@cache
+def unavailable_reason(name: str) -> str | None:
+    """Why `name` cannot run on this machine, or None."""
+    return module(name).unavailable_reason()
+
+
+def has_op(name: str, op: str) -> bool:
+    return callable(getattr(module(name), op, None))
+
+
+def select(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    """The function that runs `op` on tensors of this device and dtype."""
+    return getattr(module(choose(op, device, dtype)), op)
+
+
+def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that runs `op`. fp64 is the specification's dtype and always runs the reference."""
+    if dtype == torch.float64:
+        return "reference"
+    forced = os.environ.get("ASYNCOPD_BACKEND")
+    if forced:
+        return _forced(forced, op, device)
+    for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+        if _DEVICE[name] != device.type or not has_op(name, op):
+            continue
+        reason = unavailable_reason(name)
+        if reason is None:
+            return name
+        _warn_once(name, reason)
+    return "reference"
+
+
+@cache
+def _warn_once(name: str, reason: str) -> None:
+    warnings.warn(f"asyncopd: backend {name!r} cannot run ({reason}); the reference runs instead", stacklevel=4)
+
+
+def _forced(name: str, op: str, device: torch.device) -> str:
+    if name not in _MODULES:
+        raise ValueError(f"ASYNCOPD_BACKEND: got {name!r}, expected one of {', '.join(BACKENDS)}")
+    if reason := unavailable_reason(name):
+        raise BackendUnavailable(f"ASYNCOPD_BACKEND={name} cannot run: {reason}")
+    if not has_op(name, op):
+        raise BackendUnavailable(f"ASYNCOPD_BACKEND={name} cannot run: it has no {op!r} in this version")
+    if name in _DEVICE and _DEVICE[name] != device.type:
+        raise BackendUnavailable(f"ASYNCOPD_BACKEND={name} cannot run {op!r} on {device.type} tensors")
+    return name

@@ -1,0 +1,37 @@
+"""The specification: every op in plain torch, any device, any float dtype, fp64 included.
+
+Each function takes tensors that `asyncopd.ops` has already checked. Accumulation is fp32, or fp64 for fp64 inputs.
+Nothing here ever holds an [N, V] tensor that its caller did not pass in: rows are walked in chunks.
+"""
+
+from asyncopd.backends.reference.extract import linear_topk_logprobs, topk_logprobs
+from asyncopd.backends.reference.gather import gather_logprobs, gather_logprobs_backward
+from asyncopd.backends.reference.kl import forward_kl, reverse_kl
+from asyncopd.backends.reference.linear import (
+    linear_gather_logits,
+    linear_gather_logits_backward,
+    linear_gather_logprobs,
+    linear_gather_logprobs_backward,
+    linear_logsumexp,
+)
+from asyncopd.backends.reference.sample import sample_support
+
+__all__ = [
+    "forward_kl",
+    "gather_logprobs",
+    "gather_logprobs_backward",
+    "linear_gather_logits",
+    "linear_gather_logits_backward",
+    "linear_gather_logprobs",
+    "linear_gather_logprobs_backward",
+    "linear_logsumexp",
+    "linear_topk_logprobs",
+    "reverse_kl",
+    "sample_support",
+    "topk_logprobs",
+]
+
+
+def unavailable_reason() -> str | None:
+    """Plain torch runs everywhere."""
+    return None

@@ -1,0 +1,266 @@
+"""Both divergences on [N, K] log-probabilities: value of each row, and coefficients c that are its gradient.
+
+    reverse   R = sum_i w_i p_i A_i,  A_i = log p_i - log q_i,   gradient  sum_i c_i grad log p_i,  c_i = w_i p_i (A_i - b)
+    forward   F = sum_i w_i q_i (log q_i - log p_i),                       c_i = -w_i q_i
+
+For truncated supports with a tail the losses are true divergences (P, Q the masses on the support):
+    bucket        + P' log(P'/Q'), P' = 1 - P        c_i = p_i (A_i - A')           A' = log P' - log Q'
+    renormalize   p/P and q/Q in place of p and q    c_i = p_i/P (A_i - log P/Q - loss)
+An id may occur several times: each occurrence is a term of its own.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from asyncopd.backends.reference.rows import compute_dtype
+
+
+@dataclass(slots=True)
+class _Terms:
+    """One support's rows, [N, K] each, with pads and masked rows made harmless."""
+
+    valid: Tensor  # bool
+    log_w: Tensor  # -inf where not valid
+    log_p: Tensor  # -inf where not valid
+    log_q: Tensor  # 0 where not valid
+
+
+def _terms(student: Tensor, teacher: Tensor, log_weights: Tensor, ids: Tensor, mask: Tensor | None) -> _Terms:
+    dtype = compute_dtype(student, teacher)
+    valid = ids >= 0
+    if mask is not None:
+        valid = valid & mask[:, None]
+    return _Terms(
+        valid,
+        log_weights.to(dtype).masked_fill(~valid, -torch.inf),
+        student.to(dtype).masked_fill(~valid, -torch.inf),
+        teacher.to(dtype).masked_fill(~valid, 0.0),
+    )
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(dim=1, keepdim=True)
+
+
+def _log_mass(log_p: Tensor) -> Tensor:
+    return torch.logsumexp(log_p, dim=1, keepdim=True)
+
+
+def _log_rest(log_p: Tensor) -> Tensor:
+    """log(1 - sum p) [N, 1]. Below one rounding error of the mass nothing is known of it: the floor is eps."""
+    eps = torch.finfo(log_p.dtype).eps
+    return torch.log((-torch.expm1(_log_mass(log_p))).clamp(min=eps))
+
+
+def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log a - log b, 0 where a has no mass: such an outcome contributes nothing, whatever b says."""
+    return (log_a - log_b).masked_fill(log_a == -torch.inf, 0.0)
+
+
+def reverse_kl(
+    student: Tensor,
+    teacher: Tensor,
+    log_weights: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    normalize: str,
+    tail: str,
+    baseline: str,
+    head_is_certain: bool,
+    needs_policy: bool,
+    advantage: str,
+    ratio_cap: float | None,
+    clip_eps: float | None,
+    m2_budget: float | None,
+    proximal: Tensor | None,
+    proximal_cap: float,
+) -> tuple[Tensor, Tensor]:
+    """Row losses [N] and coefficients [N, K] with respect to `student` (logits if normalize is "sampled").
+
+    head_is_certain: entries of log-weight exactly 0 were not drawn (top-k, the head of head + tail).
+    needs_policy: log mu = -log M - log w is meaningful (M-sample supports); every correction asks for it.
+    """
+    t = _terms(student, teacher, log_weights, ids, mask)
+    if student.device.type == "cpu":
+        _check_weights(t, tail, needs_policy and head_is_certain)
+    if tail != "drop":
+        loss, coef = _true_reverse_kl(t, tail)
+        return loss.squeeze(1), coef
+
+    if normalize == "sampled":
+        log_z = _log_mass(t.log_w + t.log_p)
+        t.log_p = (t.log_p - log_z).masked_fill(t.log_p == -torch.inf, -torch.inf)
+
+    log_mu = None
+    if needs_policy:
+        log_mu = (-torch.log(_sum(t.valid).to(t.log_w.dtype)) - t.log_w).masked_fill(~t.valid, 0.0)
+    signal = _log_ratio(t.log_p if advantage == "current" else _behaviour(log_mu, t), t.log_q)
+    # Where the teacher has no mass the divergence is infinite; the value says so, the gradient leaves the term out.
+    infinite = signal == torch.inf
+    omega = _weights(t, log_mu, ratio_cap, proximal, proximal_cap)
+    centred = signal.masked_fill(infinite, 0.0)
+    b = _baseline(baseline, omega.masked_fill(infinite, 0.0), centred, t, head_is_certain)
+    centred = (centred - b).masked_fill(infinite, 0.0)
+
+    value = omega
+    if clip_eps is not None or m2_budget is not None:
+        log_ratio = _log_ratio(t.log_p, proximal.to(t.log_p.dtype) if proximal is not None else log_mu)
+        log_ratio = log_ratio.masked_fill(~t.valid, 0.0)
+        low, high = _clip_bounds(clip_eps, m2_budget, log_ratio, centred, t.valid)
+        # A loss falls as its advantage -(A - b) is followed; the clip binds where the ratio already went that way.
+        binds = ((centred < 0) & (log_ratio > high)) | ((centred > 0) & (log_ratio < low))
+        value = torch.where(binds, omega * torch.exp(log_ratio.clamp(low, high) - log_ratio), omega)
+        omega = omega.masked_fill(binds, 0.0)
+
+    loss = _sum((value * signal).masked_fill(value == 0, 0.0))
+    coef = omega * centred
+    if normalize == "sampled":
+        # The normaliser is a function of the same logits: d log p_i = dz_i - sum_j w_j p_j dz_j.
+        coef = coef - _sum(coef) * torch.exp(t.log_w + t.log_p)
+    return loss.squeeze(1), coef.masked_fill(~t.valid, 0.0)
+
+
+def _behaviour(log_mu: Tensor | None, t: _Terms) -> Tensor:
+    assert log_mu is not None
+    return log_mu.masked_fill(~t.valid, -torch.inf)
+
+
+def _weights(
+    t: _Terms, log_mu: Tensor | None, ratio_cap: float | None, proximal: Tensor | None, proximal_cap: float
+) -> Tensor:
+    """w p, or its corrected form: min(p/mu, cap)/M; or p/mu / M where p_prox/mu is at most its cap, else 0."""
+    log_omega = t.log_w + t.log_p
+    if ratio_cap is not None:
+        assert log_mu is not None
+        log_omega = torch.minimum(log_omega, math.log(ratio_cap) + t.log_w + log_mu)
+    if proximal is not None:
+        assert log_mu is not None
+        dropped = proximal.to(log_mu.dtype) - log_mu > math.log(proximal_cap)
+        log_omega = log_omega.masked_fill(dropped, -torch.inf)
+    return torch.exp(log_omega).masked_fill(~t.valid, 0.0)
+
+
+def _baseline(kind: str, omega: Tensor, signal: Tensor, t: _Terms, head_is_certain: bool) -> Tensor:
+    """b: 0; the weighted mean of A; or for each draw the estimate of E_p[A] that leaves this draw out.
+
+    The last is unbiased because a draw is independent of its own baseline, and the certain entries' baseline has the
+    same expectation: sum over the certain ones + M/(M-1) times the sum over the other draws.
+    """
+    if kind == "none":
+        return torch.zeros_like(omega)
+    terms = omega * signal
+    if kind == "mean":
+        total = _sum(omega)
+        return torch.where(total > 0, _sum(terms) / total, 0.0)
+    drawn = t.valid & (t.log_w != 0) if head_is_certain else t.valid
+    count = _sum(drawn).to(omega.dtype)
+    others = _sum(terms * drawn) - terms
+    leave_one_out = _sum(terms * ~drawn) + others * (count / (count - 1).clamp(min=1))
+    # A single draw has no others to estimate from.
+    return torch.where(drawn, leave_one_out, _sum(terms)).masked_fill(count == 1, 0.0)
+
+
+def _clip_bounds(
+    clip_eps: float | None, m2_budget: float | None, log_ratio: Tensor, centred: Tensor, valid: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Bounds of the log-ratio: PPO's fixed log(1 -+ eps), or M2PO's +-tau that spends the second-moment budget."""
+    if clip_eps is not None:
+        low = math.log1p(-clip_eps) if clip_eps < 1 else -math.inf
+        return log_ratio.new_tensor(low), log_ratio.new_tensor(math.log1p(clip_eps))
+    assert m2_budget is not None
+    bindable = valid & (((centred < 0) & (log_ratio > 0)) | ((centred > 0) & (log_ratio < 0)))
+    tau = second_moment_threshold(log_ratio, bindable, m2_budget)
+    return -tau, tau
+
+
+def second_moment_threshold(log_ratio: Tensor, bindable: Tensor, budget: float) -> Tensor:
+    """tau with mean over the bindable entries of min(log_ratio^2, tau^2) = budget; inf where the mean is below it.
+
+    M2PO (arXiv 2510.01161). f(t) = sum_i min(d_i, t) is increasing, so with d sorted ascending and the k smallest below
+    t, t = (n budget - cumsum_k) / (n - k) for the first k whose t does not reach past d_k: one sort, one sum.
+    """
+    d = (log_ratio * log_ratio).masked_fill(~bindable, torch.inf).flatten().sort().values
+    n = bindable.sum()
+    rank = torch.arange(d.numel(), device=d.device)
+    inside = rank < n
+    d0 = d.masked_fill(~inside, 0.0)
+    before = d0.cumsum(0) - d0
+    t = (n * budget - before) / (n - rank).clamp(min=1)
+    reached = inside & (t <= d)
+    # argmax finds the first True; without one the budget is not exhausted.
+    first = reached.to(torch.uint8).argmax() if d.numel() else rank.sum()
+    found = reached.any()
+    tau_squared = t[first] if d.numel() else d0.sum()
+    return torch.where(found, tau_squared.clamp(min=0), torch.inf).sqrt()
+
+
+def _check_weights(t: _Terms, tail: str, needs_policy: bool) -> None:
+    """Refuse supports that the options cannot be applied to. Reads the data, so on a CPU only (see `Support.draw`)."""
+    certain = t.valid & (t.log_w == 0)
+    if tail != "drop" and bool((t.valid & ~certain).any()):
+        raise ValueError(
+            f"tail: got {tail!r} with a sampled support (log_weights other than 0), expected 'drop'; "
+            "'bucket' and 'renormalize' are for top-k supports"
+        )
+    used = t.valid.any(dim=1)
+    one_score = t.valid.shape[1] == 1
+    if needs_policy and bool(used.any()) and (not one_score or bool(certain[used].all())):
+        if bool(certain.any(dim=1)[used].all()):
+            raise ValueError(
+                "correction: needs the behaviour policy, which only M-sample supports carry in their log_weights; "
+                "every row of this support has entries of log-weight 0 (top-k or head + tail). "
+                "If these are samples, say so: Support(..., draw='samples')"
+            )
+
+
+def _true_reverse_kl(t: _Terms, tail: str) -> tuple[Tensor, Tensor]:
+    # Pads have log q = 0, which must not count as mass.
+    log_q = t.log_q.masked_fill(~t.valid, -torch.inf)
+    if tail == "bucket":
+        p, signal = torch.exp(t.log_p), _log_ratio(t.log_p, log_q)
+        log_rest = _log_rest(t.log_p)
+        rest_signal = log_rest - _log_rest(log_q)
+        rest = torch.exp(log_rest) * rest_signal
+        pull = rest_signal
+    else:
+        log_mass = _log_mass(t.log_p)
+        p = torch.exp(t.log_p - log_mass).masked_fill(t.log_p == -torch.inf, 0.0)
+        signal = _log_ratio(t.log_p, log_q) - (log_mass - _log_mass(log_q))
+        rest = torch.zeros_like(log_mass)
+        pull = _sum((p * signal).masked_fill((p == 0) | (signal == torch.inf), 0.0))
+    loss = _sum((p * signal).masked_fill(p == 0, 0.0)) + rest
+    coef = p * (signal - pull)
+    used = t.valid.any(dim=1, keepdim=True)
+    return loss.masked_fill(~used, 0.0), coef.masked_fill((p == 0) | ~t.valid | (signal == torch.inf), 0.0)
+
+
+def forward_kl(
+    student: Tensor, teacher: Tensor, log_weights: Tensor, ids: Tensor, mask: Tensor | None, tail: str
+) -> tuple[Tensor, Tensor]:
+    """Row losses [N] and coefficients [N, K] with respect to `student`."""
+    t = _terms(student, teacher, log_weights, ids, mask)
+    if student.device.type == "cpu":
+        _check_weights(t, tail, needs_policy=False)
+    log_p = t.log_p
+    log_q = t.log_q.masked_fill(~t.valid, -torch.inf)
+    rest: Tensor | float = 0.0
+    if tail == "drop":
+        omega = torch.exp(t.log_w + log_q)
+        coef = -omega
+    elif tail == "bucket":
+        omega = torch.exp(log_q)
+        log_rest_p, log_rest_q = _log_rest(log_p), _log_rest(log_q)
+        rest = torch.exp(log_rest_q) * (log_rest_q - log_rest_p)
+        coef = torch.exp(log_p + log_rest_q - log_rest_p) - omega
+    else:
+        log_p = (log_p - _log_mass(log_p)).masked_fill(log_p == -torch.inf, -torch.inf)
+        log_q = (log_q - _log_mass(log_q)).masked_fill(log_q == -torch.inf, -torch.inf)
+        omega = torch.exp(log_q)
+        coef = torch.exp(log_p) - omega
+    loss = _sum((omega * _log_ratio(log_q, log_p)).masked_fill(omega == 0, 0.0)) + rest
+    used = t.valid.any(dim=1, keepdim=True)
+    impossible = t.log_p == -torch.inf  # a probability of 0 has no gradient to follow; pads and masked rows too
+    return loss.masked_fill(~used, 0.0).squeeze(1), coef.masked_fill(impossible, 0.0)

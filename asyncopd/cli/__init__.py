@@ -1,0 +1,5 @@
+"""The `asyncopd` command."""
+
+from asyncopd.cli.app import main
+
+__all__ = ["main"]

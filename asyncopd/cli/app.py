@@ -1,0 +1,160 @@
+"""Commands and their arguments; each does its work elsewhere."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+
+import asyncopd
+
+app = typer.Typer(
+    help="On-policy distillation: a student learns from a teacher's scores of its own answers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting, e.g. optimizer.lr=1e-3.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a run that is in the run directory already.")]
+ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help="Left out: the embedded task.")]
+
+
+def main() -> None:
+    """Entry point: user errors are one clear message and exit code 2, an interrupt is 130."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    with _plain_errors():
+        app()
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    from asyncopd.config import ConfigError
+    from asyncopd.pipeline import PipelineError
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print("interrupted: every worker has been stopped")
+        sys.exit(130)
+    except (ConfigError, FileExistsError, FileNotFoundError) as error:
+        _fail(f"error: {error}", 2)
+    except PipelineError as error:
+        _fail(f"run failed: {error}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(message, file=sys.stderr)
+    sys.exit(code)
+
+
+@app.command()
+def train(config: ConfigFile = None, set_: Settings = None, overwrite: Overwrite = False) -> None:
+    """Distil a teacher into a student through the pipeline."""
+    from asyncopd.cli.display import training_display
+    from asyncopd.cli.report import summary_table
+    from asyncopd.config import load_config
+    from asyncopd.train import train as run
+
+    resolved = load_config(config, set_ or [])
+    with training_display(console, resolved) as display:
+        summary = run(
+            resolved, overwrite=overwrite, say=display.say, on_step=display.on_step, on_tick=display.on_tick
+        )
+    console.print(summary_table([summary]))
+    console.print(f"run directory: {resolved.run_dir}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, or 'teacher' or 'student' for the embedded ones.")],
+    problems: Annotated[int, typer.Option(min=1, help="Held-out problems to answer.")] = 500,
+    temperature: Annotated[float, typer.Option(min=1e-3, help="Sampling temperature.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws, and of the embedded student's warm-up.")] = 0,
+) -> None:
+    """Accuracy of a model on held-out problems of the embedded task, sampled."""
+    from asyncopd.config import load_config
+    from asyncopd.evaluate import evaluate as score
+    from asyncopd.task import RouteTask
+    from asyncopd.train import load_student, load_teacher_model
+
+    if model == "teacher":
+        loaded = load_teacher_model(load_config())
+    else:
+        path = None if model == "student" else Path(model)
+        loaded = load_student(load_config(**{"student.path": path, "seed": seed}))
+    accuracy = score(loaded, RouteTask(), problems=problems, temperature=temperature, seed=seed)
+    console.print(f"{model}: {accuracy} of {problems} held-out problems right at temperature {temperature:g}")
+
+
+@app.command()
+def doctor() -> None:
+    """Say which backends and extras work here, and why not."""
+    from asyncopd.cli.doctor import report
+
+    console.print(report())
+
+
+@app.command()
+def demo(
+    set_: Settings = None,
+    root: Annotated[Path, typer.Option(help="Where demo-sync/ and demo-async/ go.")] = Path("runs"),
+) -> None:
+    """The embedded task in sync and in async mode at equal settings, side by side."""
+    from asyncopd.cli.display import training_display
+    from asyncopd.cli.report import summary_table
+    from asyncopd.config import load_config
+    from asyncopd.train import train as run
+
+    summaries = []
+    modes: tuple[Literal["sync", "async"], ...] = ("sync", "async")
+    for mode in modes:
+        resolved = load_config(None, set_ or [], **{"schedule.mode": mode, "run_dir": root / f"demo-{mode}"})
+        with training_display(console, resolved) as display:
+            summaries.append(
+                run(resolved, overwrite=True, say=display.say, on_step=display.on_step, on_tick=display.on_tick)
+            )
+    console.print(summary_table(summaries))
+
+
+@app.command()
+def report(
+    run_dirs: Annotated[list[Path], typer.Argument(help="Run directories with a summary.json.")],
+    into: Annotated[
+        Path | None, typer.Option(help="Put the table, as Markdown, between the file's report markers.")
+    ] = None,
+) -> None:
+    """Finished runs side by side."""
+    from asyncopd.cli.report import insert_markdown, load_summary, summary_table
+
+    summaries = [load_summary(path) for path in run_dirs]
+    if into is None:
+        console.print(summary_table(summaries))
+    else:
+        insert_markdown(into, summaries)
+
+
+@app.command(name="train-teacher")
+def train_teacher(
+    output: Annotated[Path, typer.Argument(help="A folder for the weights (bf16 safetensors).")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Left out: the recipe of the shipped teacher.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Train the embedded task's teacher from scratch, as the shipped one was."""
+    from asyncopd.task import train_teacher as run
+
+    run(output, **({} if steps is None else {"steps": steps}), seed=seed)
+    console.print(f"teacher: {output}")
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    console.print(asyncopd.__version__)

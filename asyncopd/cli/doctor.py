@@ -1,0 +1,71 @@
+"""Which backends and extras work on this machine, and why not."""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from asyncopd import __version__, backends
+from asyncopd.backends import reference
+
+_OPS = reference.__all__
+_PACKAGES = ("torch", "transformers", "triton", "vllm", "liger-kernel", "numpy", "safetensors", "pydantic")
+
+
+def report() -> Group:
+    machine = Table("machine", "", title=f"asyncopd {__version__}")
+    machine.add_row("platform", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
+    machine.add_row("CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, {_cpu_capability()}")
+    machine.add_row("CUDA", _cuda())
+    machine.add_row("shared memory", _shared_memory())
+    forced = os.environ.get("ASYNCOPD_BACKEND")
+    machine.add_row("ASYNCOPD_BACKEND", forced or "not set: chosen by device and dtype")
+
+    rows = Table("backend", "works here", "ops")
+    for name in backends.BACKENDS:
+        reason = backends.unavailable_reason(name)
+        ops = [op for op in _OPS if backends.has_op(name, op)]
+        rows.add_row(name, "yes" if reason is None else f"no: {reason}", "all" if ops == _OPS else ", ".join(ops) or "none")
+
+    chosen = Table("op", "runs on (CPU, fp32)")
+    for op in _OPS:
+        chosen.add_row(op, _chosen(op))
+
+    packages = Table("package", "version")
+    for name in _PACKAGES:
+        packages.add_row(name, _version(name))
+    return Group(machine, rows, chosen, packages)
+
+
+def _chosen(op: str) -> str:
+    try:
+        return backends.choose(op, torch.device("cpu"), torch.float32)
+    except (backends.BackendUnavailable, ValueError) as error:
+        return f"error: {error}"
+
+
+def _cpu_capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return "no device" if torch.version.cuda else "torch was built without CUDA"
+    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+
+
+def _shared_memory() -> str:
+    if not os.path.isdir("/dev/shm"):
+        return "no /dev/shm: the pipeline uses the platform's own"
+    return f"{shutil.disk_usage('/dev/shm').free / 2**30:.1f} GiB free in /dev/shm"
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,1 @@
+"""Hugging Face models behind the pipeline's three protocols: decoding, scoring, learning."""

@@ -1,0 +1,125 @@
+"""The learner: optimizer steps on the fused loss over packed rows."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, get_scheduler
+
+from asyncopd.engines.draw import KIND, DrawName
+from asyncopd.engines.model import Head
+from asyncopd.engines.packing import packs, predicting_states
+from asyncopd.losses import Correction, linear_forward_kl, linear_reverse_kl
+from asyncopd.losses.options import Baseline, Normalize, Tail
+from asyncopd.pipeline.shared import TensorSpec
+from asyncopd.pipeline.slots import SlotView
+from asyncopd.pipeline.weights import specs_of
+from asyncopd.support import Support
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOptions:
+    """Which divergence over the support, with the options of `asyncopd.reverse_kl` / `asyncopd.forward_kl`."""
+
+    kind: Literal["reverse_kl", "forward_kl"] = "reverse_kl"
+    normalize: Normalize = "exact"
+    tail: Tail = "drop"
+    baseline: Baseline = "mean"
+    correction: Correction | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OptimizerOptions:
+    """AdamW with linear warm-up and a cosine down to `min_lr_ratio` of the peak."""
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    grad_clip: float
+    warmup_steps: int
+    min_lr_ratio: float
+    total_steps: int
+
+
+class OpdLearner:
+    """The pipeline's `Learner`: the student in fp32 (its own master weights), AdamW, gradient clipping.
+
+    A step is the mean over all response tokens of its batch, whatever slots and packs they came in: each pack's loss is
+    divided by the token count of the whole batch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        draw: DrawName,
+        loss: LossOptions,
+        optimizer: OptimizerOptions,
+        temperature: float,
+        max_packed_tokens: int,
+    ) -> None:
+        self.model = model.float().train()
+        self.head = Head.of(model)
+        self.draw, self.loss, self.options = draw, loss, optimizer
+        self.temperature = temperature
+        self.max_packed_tokens = max_packed_tokens
+        self.optimizer = torch.optim.AdamW(
+            model.parameters(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
+        )
+        self.scheduler = get_scheduler(
+            "cosine_with_min_lr",
+            self.optimizer,
+            num_warmup_steps=optimizer.warmup_steps,
+            num_training_steps=optimizer.total_steps,
+            scheduler_specific_kwargs={"min_lr_rate": optimizer.min_lr_ratio},
+        )
+
+    def weight_spec(self) -> list[TensorSpec]:
+        return specs_of(self.named_weights())
+
+    def named_weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
+
+    def step(self, batch: list[tuple[SlotView, list[int]]]) -> dict[str, float]:
+        num_tokens = sum(int(slot.response_lengths[sequences].sum()) for slot, sequences in batch)
+        if num_tokens == 0:
+            raise ValueError("step: got a batch without response tokens, expected at least one")
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for slot, sequences in batch:
+            for pack in packs(slot, sequences, self.max_packed_tokens):
+                rows = pack.slot_rows
+                support = Support(
+                    slot.ids[rows], slot.teacher_logprobs[rows], slot.log_weights[rows], KIND[self.draw]
+                )
+                loss = self._loss(predicting_states(self.model, pack), support, num_tokens)
+                loss.backward()
+                total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip, error_if_nonfinite=True)
+        lr = self.scheduler.get_last_lr()[0]
+        self.optimizer.step()
+        self.scheduler.step()
+        return {"loss": total, "grad_norm": float(norm), "lr": lr}
+
+    def _loss(self, hidden: Tensor, support: Support, num_tokens: int) -> Tensor:
+        options = {
+            "tail": self.loss.tail,
+            "num_items_in_batch": num_tokens,
+            "temperature": self.temperature,
+            **self.head.options(),
+        }
+        if self.loss.kind == "forward_kl":
+            return linear_forward_kl(hidden, self.head.weight, support, **options)
+        return linear_reverse_kl(
+            hidden,
+            self.head.weight,
+            support,
+            normalize=self.loss.normalize,
+            baseline=self.loss.baseline,
+            correction=self.loss.correction,
+            **options,
+        )
+
+    def save(self, path: str) -> None:
+        self.model.save_pretrained(path, safe_serialization=True)

@@ -1,0 +1,147 @@
+"""The two losses on log-probabilities that somebody has already gathered."""
+
+from typing import get_args
+
+from torch import Tensor
+
+from asyncopd.losses.correction import Correction
+from asyncopd.losses.options import Baseline, Normalize, Reduction, Tail
+from asyncopd.losses.reduce import check_reduction, reduce_rows
+from asyncopd.ops import checks
+from asyncopd.ops.kl import forward_kl_rows, reverse_kl_rows
+from asyncopd.support import Support
+
+
+def reverse_kl(
+    student_logprobs: Tensor,
+    support: Support,
+    *,
+    mask: Tensor | None = None,
+    normalize: Normalize = "exact",
+    tail: Tail = "drop",
+    baseline: Baseline = "none",
+    correction: Correction | None = None,
+    reduction: Reduction = "mean",
+    num_items_in_batch: int | float | Tensor | None = None,
+) -> Tensor:
+    """Reverse KL(student || teacher) estimated on a support; its gradient is the score-function form.
+
+    Value R = sum_i w_i p_i A_i with A_i = log p_i - log q_i under the current student; gradient sum_i c_i grad log p_i,
+    c_i = w_i p_i (A_i - b). The `+1` of the plain derivative is left out (design of arXiv 2606.24143): on sampled
+    supports its expectation is zero, on truncated ones it is what pushes probability mass off the support.
+
+    Args:
+        student_logprobs: [N, K] log p at `support.ids` (`gather_logprobs`); with normalize="sampled" unnormalised logits
+            will do as well.
+        support: ids, log q and log w, [N, K] each.
+        mask: [N] bool or 0/1, rows that count.
+        normalize: "exact": log-probabilities as given. "sampled": normalised by log sum_i w_i exp(z_i) over the support:
+            consistent, not unbiased; no vocabulary-wide work at all.
+        tail: what truncated (top-k) supports do with the missing mass: "drop" the bare sum, which can be negative;
+            "bucket" everything off the support is one more outcome; "renormalize" condition on the support. The last two
+            are true divergences with their true gradients; sampled supports take "drop" only.
+        baseline: b: "none"; "mean", the w p weighted mean of A (the c_i sum to 0; on M samples scales the gradient by
+            about 1 - 1/M); "loo", leave-one-out over the independent draws (unbiased). Only with tail="drop".
+        correction: see `Correction`; M-sample supports only. None: importance weights alone.
+        reduction: "mean" per valid row, "sum", "none" ([N]).
+        num_items_in_batch: divides the sum instead: valid rows over all micro-batches and ranks.
+    Returns: fp32 (fp64 for fp64) scalar or [N]. An entry where the teacher has no mass but the student has makes the value
+        infinite; it takes no part in the gradient.
+    Raises: TypeError, ValueError naming the argument.
+    """
+    mask = _check_inputs(student_logprobs, support, mask, tail, reduction, num_items_in_batch)
+    checks.check_choice("normalize", normalize, get_args(Normalize))
+    checks.check_choice("baseline", baseline, get_args(Baseline))
+    if tail != "drop":
+        if baseline != "none":
+            raise ValueError(f"baseline: got {baseline!r} with tail={tail!r}, expected 'none': that gradient has no free b")
+        if normalize != "exact":
+            raise ValueError(f"normalize: got {normalize!r} with tail={tail!r}, expected 'exact'")
+    if baseline == "loo" and support.draw == "top_k":
+        raise ValueError("baseline: got 'loo' with a top-k support, expected independent samples")
+    _check_correction(correction, support, tail, student_logprobs)
+    c = correction or Correction()
+    rows, _ = reverse_kl_rows(
+        student_logprobs,
+        support.teacher_logprobs,
+        support.log_weights,
+        support.ids,
+        mask,
+        normalize,
+        tail,
+        baseline,
+        support.draw not in ("samples", "teacher_samples"),
+        correction is not None,
+        c.advantage,
+        c.ratio_cap,
+        c.clip_eps,
+        c.m2_budget,
+        c.proximal_logprobs,
+        c.proximal_cap,
+    )
+    return reduce_rows(rows, mask, reduction, num_items_in_batch)
+
+
+def forward_kl(
+    student_logprobs: Tensor,
+    support: Support,
+    *,
+    mask: Tensor | None = None,
+    tail: Tail = "drop",
+    reduction: Reduction = "mean",
+    num_items_in_batch: int | float | Tensor | None = None,
+) -> Tensor:
+    """Forward KL(teacher || student) estimated on a support: F = sum_i w_i q_i (log q_i - log p_i).
+
+    Args, returns and raises as `reverse_kl`. With tail="drop" on a truncated support the value misses the teacher's mass
+    off the support and is not 0 where teacher == student only if that mass is 0 in both; "bucket" and "renormalize" are.
+    """
+    mask = _check_inputs(student_logprobs, support, mask, tail, reduction, num_items_in_batch)
+    rows, _ = forward_kl_rows(
+        student_logprobs, support.teacher_logprobs, support.log_weights, support.ids, mask, tail
+    )
+    return reduce_rows(rows, mask, reduction, num_items_in_batch)
+
+
+def _check_inputs(
+    student: Tensor,
+    support: Support,
+    mask: Tensor | None,
+    tail: str,
+    reduction: str,
+    num_items_in_batch: int | float | Tensor | None,
+) -> Tensor | None:
+    checks.check_matrix("student_logprobs", student, "K")
+    if not isinstance(support, Support):
+        raise TypeError(f"support: got {type(support).__name__}, expected asyncopd.Support")
+    if student.shape != support.ids.shape:
+        raise ValueError(
+            f"student_logprobs: got shape {list(student.shape)}, expected {list(support.ids.shape)} as support"
+        )
+    checks.check_device("student_logprobs", student, support.ids, "support")
+    check_tail(tail, support)
+    check_reduction(reduction, num_items_in_batch)
+    return checks.check_mask(mask, student, "student_logprobs")
+
+
+def check_tail(tail: str, support: Support) -> None:
+    checks.check_choice("tail", tail, get_args(Tail))
+    if tail != "drop" and support.draw not in (None, "top_k"):
+        raise ValueError(f"tail: got {tail!r} with a sampled support ({support.draw}), expected 'drop'")
+
+
+def _check_correction(correction: Correction | None, support: Support, tail: str, student: Tensor) -> None:
+    if correction is None:
+        return
+    if not isinstance(correction, Correction):
+        raise TypeError(f"correction: got {type(correction).__name__}, expected asyncopd.Correction or None")
+    if support.draw not in (None, "samples") or tail != "drop":
+        raise ValueError(
+            f"correction: needs the behaviour policy, which only M-sample supports carry; got draw={support.draw!r}, "
+            f"tail={tail!r}"
+        )
+    proximal = correction.proximal_logprobs
+    if proximal is not None and proximal.shape != student.shape:
+        raise ValueError(
+            f"correction.proximal_logprobs: got shape {list(proximal.shape)}, expected {list(student.shape)}"
+        )

@@ -1,0 +1,45 @@
+"""From row losses to the number that is trained on."""
+
+import torch
+from torch import Tensor
+
+from asyncopd.ops.checks import check_choice
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def check_reduction(reduction: str, num_items_in_batch: int | float | Tensor | None) -> None:
+    check_choice("reduction", reduction, REDUCTIONS)
+    if num_items_in_batch is None:
+        return
+    if reduction == "none":
+        raise ValueError("num_items_in_batch: given with reduction='none', expected 'mean' or 'sum'")
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(f"num_items_in_batch: got shape {list(num_items_in_batch.shape)}, expected a scalar")
+    elif not num_items_in_batch > 0:
+        raise ValueError(f"num_items_in_batch: got {num_items_in_batch}, expected a number above 0")
+
+
+def reduce_rows(
+    row_losses: Tensor, mask: Tensor | None, reduction: str, num_items_in_batch: int | float | Tensor | None
+) -> Tensor:
+    """[N] -> scalar, or [N] for "none". Masked rows count neither in the sum nor in the mean; no row left gives 0.
+
+    `num_items_in_batch`, the number of valid rows over all micro-batches and ranks, divides the sum: micro-batches of
+    unequal length then add up to the loss of the whole batch.
+    """
+    if mask is not None:
+        row_losses = torch.where(mask, row_losses, 0.0)
+    if reduction == "none":
+        return row_losses
+    total = row_losses.sum()
+    if num_items_in_batch is not None:
+        if isinstance(num_items_in_batch, Tensor):
+            num_items_in_batch = num_items_in_batch.to(total.device, total.dtype).reshape(())
+        return total / num_items_in_batch
+    if reduction == "sum":
+        return total
+    if mask is None:
+        return total / max(row_losses.shape[0], 1)
+    return total / mask.sum().clamp(min=1)

@@ -1,0 +1,33 @@
+"""What every `linear_*` op does with the head it is given before it runs."""
+
+import torch
+from torch import Tensor
+
+from asyncopd.ops import checks
+
+
+def prepare_head(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gather a sharded head, follow autocast as `F.linear` would, and check the rest."""
+    weight, bias = _whole("lm_head_weight", weight), None if bias is None else _whole("bias", bias)
+    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        if hidden.dtype != torch.float64:
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+    checks.check_head(hidden, weight, bias, temperature, logit_scale, softcap)
+    return hidden, weight, bias
+
+
+def _whole(name: str, tensor: Tensor) -> Tensor:
+    """An FSDP2 / tensor-parallel parameter (DTensor) as the whole tensor; its gradient is scattered back."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+    if hasattr(tensor, "full_tensor"):
+        return tensor.full_tensor()
+    return tensor

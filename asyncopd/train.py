@@ -1,0 +1,250 @@
+"""A training run: evaluate, run the pipeline, evaluate again, and leave a run directory behind.
+
+    config.yaml     the resolved configuration
+    metrics.jsonl   one line per optimizer step
+    checkpoint/     the trained student, Hugging Face format
+    summary.json    the figures that `Summary` documents
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from asyncopd import backends
+from asyncopd.config import TrainConfig, dump_config
+from asyncopd.engines.decode import Decoder
+from asyncopd.engines.draw import check_draw
+from asyncopd.engines.learn import LossOptions, OpdLearner, OptimizerOptions
+from asyncopd.engines.score import TeacherScorer
+from asyncopd.evaluate import Accuracy, evaluate
+from asyncopd.pipeline import PipelineConfig, PipelineStatus, RunResult, run_pipeline
+from asyncopd.task import RouteTask, load_teacher, warm_up_student
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a run did. Accuracies are shares of held-out problems answered right, sampled at temperature 1.
+
+    Times exclude start-up and evaluation. `overlap` is the sum of the stages' busy seconds over wall seconds;
+    `stage_tokens_per_second` is what a stage does while it works; staleness is in optimizer steps.
+    """
+
+    mode: str
+    steps: int
+    accuracy_before: float
+    accuracy_after: float
+    accuracy_teacher: float
+    accuracy_standard_error: float
+    learner_tokens_per_second: float
+    stage_tokens_per_second: dict[str, float]
+    stage_busy_seconds: dict[str, float]
+    overlap: float
+    staleness_mean: float
+    staleness_max: int
+    max_staleness: int
+    refused: int
+    cache_bytes_per_token: int
+    consumed_tokens: int
+    wall_seconds: float
+    backends: dict[str, str]
+    torch_version: str
+    threads_per_worker: int
+
+
+def train(
+    config: TrainConfig,
+    *,
+    overwrite: bool = False,
+    say: Say = print,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+    on_tick: Callable[[PipelineStatus], None] | None = None,
+) -> Summary:
+    """Run `config`. Raises what `run_pipeline` raises; FileExistsError if the run directory holds a run already."""
+    run_dir = prepare_run_dir(config.run_dir, overwrite=overwrite)
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    task = RouteTask()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.schedule.threads_per_worker)
+    try:
+        student, teacher = load_student(config), load_teacher_model(config)
+        check_models(student, teacher, config, task)
+        score = partial(evaluate, task=task, problems=config.eval.problems, places=config.eval.places)
+        accuracy_teacher, before = score(teacher), score(student)
+        say(f"held-out accuracy: teacher {accuracy_teacher}, student {before}")
+        ops = {op: backends.choose(op, torch.device("cpu"), torch.float32) for op in _OPS}
+        say("kernels: " + ", ".join(f"{op} on {name}" for op, name in ops.items()))
+        start = run_dir / "student"
+        student.save_pretrained(start)
+        del teacher
+        result = _run(config, task, start, run_dir, on_step, on_tick)
+        after = score(_load(run_dir / "checkpoint"))
+        say(f"held-out accuracy: student {after} after {result.steps} steps")
+    finally:
+        torch.set_num_threads(threads)
+    summary = _summary(config, result, before, after, accuracy_teacher, ops)
+    _write_atomically(run_dir / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    return summary
+
+
+_OPS = ("sample_support", "linear_gather_logprobs", "linear_gather_logits", "linear_logsumexp", "reverse_kl")
+
+
+def prepare_run_dir(run_dir: Path, *, overwrite: bool) -> Path:
+    """An empty run directory; a run that is there already is only replaced when asked to."""
+    ours = [run_dir / name for name in ("config.yaml", "metrics.jsonl", "summary.json", "checkpoint", "student")]
+    there = [path for path in ours if path.exists()]
+    if there and not overwrite:
+        raise FileExistsError(f"run_dir: {run_dir} already holds {there[0].name}; choose another or pass --overwrite")
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
+
+
+def _run(
+    config: TrainConfig,
+    task: RouteTask,
+    start: Path,
+    run_dir: Path,
+    on_step: Callable[[dict[str, float]], None] | None,
+    on_tick: Callable[[PipelineStatus], None] | None,
+) -> RunResult:
+    pipeline = PipelineConfig(
+        **config.schedule.model_dump(),
+        max_prompt_tokens=task.max_prompt_tokens,
+        max_response_tokens=config.engine.max_response_tokens or task.max_response_tokens,
+        num_scores=config.draw.num_scores,
+    )
+    with (run_dir / "metrics.jsonl").open("w") as metrics:
+
+        def record(step: dict[str, float]) -> None:
+            metrics.write(json.dumps(step) + "\n")
+            metrics.flush()
+            if on_step is not None:
+                on_step(step)
+
+        return run_pipeline(
+            pipeline,
+            rollout=partial(build_decoder, config, start),
+            teacher=partial(build_scorer, config),
+            learner=partial(build_learner, config, start),
+            # Every run of a seed sees the same problems in the same order, whatever its mode.
+            prompts=lambda uid: list(task.problem(config.seed * 1_000_003 + uid, "train").prompt_ids),
+            on_step=record,
+            on_tick=on_tick,
+            checkpoint=run_dir / "checkpoint",
+        )
+
+
+# ------------------------------------------------------------------ engines, each built inside its worker
+
+
+def build_decoder(config: TrainConfig, student: Path) -> Decoder:
+    task = RouteTask()
+    return Decoder(
+        _load(student),
+        places=config.engine.places,
+        max_prompt_tokens=task.max_prompt_tokens,
+        max_response_tokens=config.engine.max_response_tokens or task.max_response_tokens,
+        eos_token_id=task.eos_token_id,
+        draw=config.draw.name,
+        num_scores=config.draw.num_scores,
+        head=config.draw.head,
+        temperature=config.draw.temperature,
+        seed=config.seed,
+        check=task.check,
+    )
+
+
+def build_scorer(config: TrainConfig) -> TeacherScorer:
+    return TeacherScorer(
+        load_teacher_model(config),
+        draw=config.draw.name,
+        num_scores=config.draw.num_scores,
+        temperature=config.draw.temperature,
+        seed=config.seed,
+        max_packed_tokens=config.engine.max_packed_tokens,
+    )
+
+
+def build_learner(config: TrainConfig, student: Path) -> OpdLearner:
+    loss, optimizer = config.loss, config.optimizer
+    return OpdLearner(
+        _load(student),
+        draw=config.draw.name,
+        loss=LossOptions(
+            kind=loss.kind,
+            normalize=loss.normalize,
+            tail=loss.tail,
+            baseline=loss.baseline,
+            correction=loss.correction(),
+        ),
+        optimizer=OptimizerOptions(**optimizer.model_dump(), total_steps=config.schedule.steps),
+        temperature=config.draw.temperature,
+        max_packed_tokens=config.engine.max_packed_tokens,
+    )
+
+
+def load_student(config: TrainConfig) -> PreTrainedModel:
+    return warm_up_student(config.seed) if config.student.path is None else _load(config.student.path)
+
+
+def load_teacher_model(config: TrainConfig) -> PreTrainedModel:
+    return load_teacher() if config.teacher.path is None else _load(config.teacher.path)
+
+
+def _load(path: Path) -> PreTrainedModel:
+    """A local model folder in fp32; never remote code, never a pickle."""
+    if not (path / "config.json").is_file():
+        raise FileNotFoundError(f"{path}: no config.json there, expected a Hugging Face model folder")
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
+    )
+
+
+def check_models(student: PreTrainedModel, teacher: PreTrainedModel, config: TrainConfig, task: RouteTask) -> None:
+    """Both must speak the task's vocabulary, or ids would mean different tokens."""
+    for name, model in (("student", student), ("teacher", teacher)):
+        if model.config.vocab_size != task.vocab_size:
+            raise ValueError(
+                f"{name}.path: got a vocabulary of {model.config.vocab_size}, the task has {task.vocab_size}"
+            )
+    check_draw(config.draw.name, config.draw.num_scores, config.draw.head, student.config.vocab_size)
+
+
+def _summary(
+    config: TrainConfig, result: RunResult, before: Accuracy, after: Accuracy, teacher: Accuracy, ops: dict[str, str]
+) -> Summary:
+    shared: dict[str, Any] = {
+        field.name: getattr(result, field.name)
+        for field in dataclasses.fields(Summary)
+        if hasattr(result, field.name)
+    }
+    return Summary(
+        **shared,
+        mode=config.schedule.mode,
+        accuracy_before=before.share,
+        accuracy_after=after.share,
+        accuracy_teacher=teacher.share,
+        accuracy_standard_error=max(a.standard_error for a in (before, after, teacher)),
+        max_staleness=config.schedule.max_staleness,
+        backends=ops,
+        torch_version=torch.__version__,
+        threads_per_worker=config.schedule.threads_per_worker,
+    )
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    temporary.replace(path)

@@ -1,0 +1,70 @@
+// Python bindings of the torch-free kernels: pointers and streams arrive as integers, sizes and strides as int64.
+// asyncopd/backends/{cpu,cuda}.py check the tensors; asyncopd/_C.pyi describes this module.
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+
+#include "cpu/gather.h"
+#ifdef ASYNCOPD_WITH_CUDA
+#include "cuda/gather.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+int cpu_gather_logprobs(uintptr_t logits, int dtype, int64_t row_stride, uintptr_t ids, int id_type, int64_t rows,
+                        int64_t vocab, int64_t num_ids, double inv_temperature, uintptr_t logprobs, uintptr_t lse,
+                        int threads, int isa) {
+  return asyncopd_cpu_gather_logprobs(pointer<void>(logits), dtype, row_stride, pointer<void>(ids), id_type, rows,
+                                      vocab, num_ids, inv_temperature, pointer<float>(logprobs), pointer<float>(lse),
+                                      threads, isa);
+}
+
+py::list cpu_isas() {
+  py::list names;
+  for (int isa = 0; asyncopd_cpu_isa_name(isa) != nullptr; ++isa) names.append(asyncopd_cpu_isa_name(isa));
+  return names;
+}
+
+#ifdef ASYNCOPD_WITH_CUDA
+int cuda_gather_logprobs(uintptr_t logits, int dtype, int64_t row_stride, uintptr_t ids, int id_type, int64_t rows,
+                         int64_t vocab, int64_t num_ids, double inv_temperature, uintptr_t logprobs, uintptr_t lse,
+                         int device, uintptr_t stream) {
+  return asyncopd_cuda_gather_logprobs(pointer<void>(logits), dtype, row_stride, pointer<void>(ids), id_type, rows,
+                                       vocab, num_ids, inv_temperature, pointer<float>(logprobs), pointer<float>(lse),
+                                       device, pointer<void>(stream));
+}
+#endif
+
+}  // namespace
+
+// No state of its own, hence no need of the GIL either.
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "Native kernels of asyncopd: raw pointers in, a status out. Use asyncopd.backends, which checks tensors.";
+#ifdef _OPENMP
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+  m.def("cpu_isas", &cpu_isas, "Instruction-set levels that this build has and this machine runs, worst first.");
+  m.def("cpu_gather_logprobs", &cpu_gather_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),
+        py::arg("dtype"), py::arg("row_stride"), py::arg("ids"), py::arg("id_type"), py::arg("rows"),
+        py::arg("vocab"), py::arg("num_ids"), py::arg("inv_temperature"), py::arg("logprobs"), py::arg("lse"),
+        py::arg("threads"), py::arg("isa") = -1);
+#ifdef ASYNCOPD_WITH_CUDA
+  m.attr("cuda") = true;
+  m.def("cuda_gather_logprobs", &cuda_gather_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),
+        py::arg("dtype"), py::arg("row_stride"), py::arg("ids"), py::arg("id_type"), py::arg("rows"),
+        py::arg("vocab"), py::arg("num_ids"), py::arg("inv_temperature"), py::arg("logprobs"), py::arg("lse"),
+        py::arg("device"), py::arg("stream"));
+#else
+  m.attr("cuda") = false;
+#endif
+}

@@ -1,0 +1,96 @@
+"""Fixtures that run one test on every backend of this machine.
+
+`engine` is a backend's name, forced for the test, or "auto": whatever the device and dtype choose. `backend` is an engine
+with a dtype and tolerances. A test names the ops it needs with `@pytest.mark.ops(...)`; a backend that lacks one of them
+does not get the test.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from asyncopd import backends
+
+DEVICES = {"triton": "cuda", "cuda": "cuda"}
+# fp64: rounding of a few hundred terms. fp32: the same, 2^29 times larger, seen through one exp and one log.
+TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (3e-5, 3e-6)}
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An engine, and the dtype that a test's log-probabilities have on it."""
+
+    name: str
+    dtype: torch.dtype
+
+    @property
+    def device(self) -> str:
+        return DEVICES.get(self.name, "cpu")
+
+    def tensor(self, values: Tensor) -> Tensor:
+        """Float values in this backend's dtype, ids as they are, on its device."""
+        return values.to(self.device, self.dtype) if values.is_floating_point() else values.to(self.device)
+
+    def close(self, actual: Tensor, expected: Tensor) -> None:
+        """Fail unless `actual` has this backend's dtype and is within its rounding of `expected` (fp64)."""
+        assert actual.dtype == self.dtype
+        rtol, atol = TOLERANCES[self.dtype]
+        torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def _runs(name: str) -> bool:
+    try:
+        return backends.unavailable_reason(name) is None
+    except ImportError:
+        return False
+
+
+def _engines(ops: set[str]) -> list[str]:
+    native = [name for name in backends.BACKENDS if name != "reference" and _runs(name)]
+    whole = [name for name in native if all(backends.has_op(name, op) for op in ops)]
+    mixed = any(backends.has_op(name, op) for name in native for op in ops) and not whole
+    return ["reference", *whole, *(["auto"] if mixed else [])]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "ops(*names): the ops of asyncopd.backends that a test runs")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    ops = {op for mark in metafunc.definition.iter_markers("ops") for op in mark.args}
+    if "engine" in metafunc.fixturenames and "backend" not in metafunc.fixturenames:
+        assert ops, "a test that runs on every backend names its ops"
+        metafunc.parametrize("engine", _engines(ops), indirect=True)
+    if "backend" in metafunc.fixturenames:
+        assert ops, "a test that runs on every backend names its ops"
+        choices = [("reference", torch.float64), *((name, torch.float32) for name in _engines(ops))]
+        ids = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in choices]
+        metafunc.parametrize("backend", choices, ids=ids, indirect=True)
+
+
+def _force(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name == "auto":
+        monkeypatch.delenv("ASYNCOPD_BACKEND", raising=False)
+    else:
+        monkeypatch.setenv("ASYNCOPD_BACKEND", name)
+
+
+@pytest.fixture
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    _force(request.param, monkeypatch)
+    return str(request.param)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    name, dtype = request.param
+    _force(name, monkeypatch)
+    return Backend(name, dtype)
+
+
+@pytest.fixture
+def rng() -> torch.Generator:
+    """Random inputs that are the same in every run and whatever ran before."""
+    return torch.Generator().manual_seed(0)
