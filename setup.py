@@ -38,8 +38,6 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# Kernels mark the loops whose sums may be reordered with `omp simd`, which needs no OpenMP runtime.
-SIMD_FLAG = "-fopenmp-simd"
 
 # Real code for A100 and H100, Blackwell where nvcc knows it; PTX of the newest for whatever comes later.
 CUDA_ARCHS = [80, 90, 100]
@@ -124,7 +122,7 @@ class NinjaBuild(build_ext):
         cxx = os.environ.get("CXX", shutil.which("c++") or shutil.which("g++") or "clang++").split()
         includes = [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
         threads = openmp_flags(cxx)
-        cxx_flags = [*CXX_FLAGS, *(threads or [SIMD_FLAG])]
+        cxx_flags = [*CXX_FLAGS, *threads]
         nvcc = find_nvcc(cxx)
         if nvcc:
             cxx_flags.append("-DASYNCOPD_WITH_CUDA")

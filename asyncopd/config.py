@@ -8,11 +8,10 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from typing_extensions import Self
 
 from asyncopd.engines.draw import DrawName, check_draw
 from asyncopd.losses import Correction
@@ -89,7 +88,7 @@ class TrainConfig(_Section):
 
     run_dir: Path = Field(Path("runs/train"), description="where the checkpoint, metrics and summary go")
     seed: int = Field(0, ge=0, lt=1 << 14, description="of the warm-up, the problems and every draw")
-    task: Literal["routes"] = Field("routes", description="the prompts, and the check of an answer")
+    task: Literal["railway"] = Field("railway", description="the prompts, and the check of an answer")
     student: ModelConfig = ModelConfig()
     teacher: ModelConfig = ModelConfig()
     draw: DrawConfig = DrawConfig()
@@ -109,12 +108,12 @@ class TrainConfig(_Section):
             raise ValueError(f"loss.baseline: got {self.loss.baseline!r} with a tail, expected 'none'")
         if self.loss.baseline == "loo" and top_k:
             raise ValueError("loss.baseline: got 'loo' with a top-k draw, expected 'none' or 'mean'")
-        if self.loss.correction() is not None:
-            if self.draw.name not in ("samples", "token") or self.loss.kind != "reverse_kl":
-                raise ValueError(
-                    f"loss: a correction needs reverse_kl on draws 'samples' or 'token', got {self.loss.kind} "
-                    f"on {self.draw.name!r}"
-                )
+        corrects = self.draw.name in ("samples", "token") and self.loss.kind == "reverse_kl"
+        if self.loss.correction() is not None and not corrects:
+            raise ValueError(
+                f"loss: a correction needs reverse_kl on draws 'samples' or 'token', got {self.loss.kind} "
+                f"on {self.draw.name!r}"
+            )
         return self
 
 

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from asyncopd.engines.decode import Decoder
 from asyncopd.pipeline.protocols import RolloutRequest
-from asyncopd.task import RouteTask
+from asyncopd.task import RailwayTask
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Accuracy:
 
 def evaluate(
     model: PreTrainedModel,
-    task: RouteTask,
+    task: RailwayTask,
     *,
     problems: int,
     places: int = 128,

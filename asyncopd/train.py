@@ -1,9 +1,9 @@
 """A training run: evaluate, run the pipeline, evaluate again, and leave a run directory behind.
 
-    config.yaml     the resolved configuration
-    metrics.jsonl   one line per optimizer step
-    checkpoint/     the trained student, Hugging Face format
-    summary.json    the figures that `Summary` documents
+config.yaml     the resolved configuration
+metrics.jsonl   one line per optimizer step
+checkpoint/     the trained student, Hugging Face format
+summary.json    the figures that `Summary` documents
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ from asyncopd.engines.learn import LossOptions, OpdLearner, OptimizerOptions
 from asyncopd.engines.score import TeacherScorer
 from asyncopd.evaluate import Accuracy, evaluate
 from asyncopd.pipeline import PipelineConfig, PipelineStatus, RunResult, run_pipeline
-from asyncopd.task import RouteTask, load_teacher, warm_up_student
+from asyncopd.task import RailwayTask, load_student, load_teacher
 
 Say = Callable[[str], None]
 
@@ -72,11 +72,11 @@ def train(
     """Run `config`. Raises what `run_pipeline` raises; FileExistsError if the run directory holds a run already."""
     run_dir = prepare_run_dir(config.run_dir, overwrite=overwrite)
     (run_dir / "config.yaml").write_text(dump_config(config))
-    task = RouteTask()
+    task = RailwayTask()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.schedule.threads_per_worker)
     try:
-        student, teacher = load_student(config), load_teacher_model(config)
+        student, teacher = load_model(config.student.path, load_student), load_model(config.teacher.path, load_teacher)
         check_models(student, teacher, config, task)
         score = partial(evaluate, task=task, problems=config.eval.problems, places=config.eval.places)
         accuracy_teacher, before = score(teacher), score(student)
@@ -113,7 +113,7 @@ def prepare_run_dir(run_dir: Path, *, overwrite: bool) -> Path:
 
 def _run(
     config: TrainConfig,
-    task: RouteTask,
+    task: RailwayTask,
     start: Path,
     run_dir: Path,
     on_step: Callable[[dict[str, float]], None] | None,
@@ -150,7 +150,7 @@ def _run(
 
 
 def build_decoder(config: TrainConfig, student: Path) -> Decoder:
-    task = RouteTask()
+    task = RailwayTask()
     return Decoder(
         _load(student),
         places=config.engine.places,
@@ -168,7 +168,7 @@ def build_decoder(config: TrainConfig, student: Path) -> Decoder:
 
 def build_scorer(config: TrainConfig) -> TeacherScorer:
     return TeacherScorer(
-        load_teacher_model(config),
+        load_model(config.teacher.path, load_teacher),
         draw=config.draw.name,
         num_scores=config.draw.num_scores,
         temperature=config.draw.temperature,
@@ -195,12 +195,9 @@ def build_learner(config: TrainConfig, student: Path) -> OpdLearner:
     )
 
 
-def load_student(config: TrainConfig) -> PreTrainedModel:
-    return warm_up_student(config.seed) if config.student.path is None else _load(config.student.path)
-
-
-def load_teacher_model(config: TrainConfig) -> PreTrainedModel:
-    return load_teacher() if config.teacher.path is None else _load(config.teacher.path)
+def load_model(path: Path | None, embedded: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+    """The model in a local folder, in fp32, or the embedded one."""
+    return embedded() if path is None else _load(path)
 
 
 def _load(path: Path) -> PreTrainedModel:
@@ -212,7 +209,7 @@ def _load(path: Path) -> PreTrainedModel:
     )
 
 
-def check_models(student: PreTrainedModel, teacher: PreTrainedModel, config: TrainConfig, task: RouteTask) -> None:
+def check_models(student: PreTrainedModel, teacher: PreTrainedModel, config: TrainConfig, task: RailwayTask) -> None:
     """Both must speak the task's vocabulary, or ids would mean different tokens."""
     for name, model in (("student", student), ("teacher", teacher)):
         if model.config.vocab_size != task.vocab_size:
@@ -226,9 +223,7 @@ def _summary(
     config: TrainConfig, result: RunResult, before: Accuracy, after: Accuracy, teacher: Accuracy, ops: dict[str, str]
 ) -> Summary:
     shared: dict[str, Any] = {
-        field.name: getattr(result, field.name)
-        for field in dataclasses.fields(Summary)
-        if hasattr(result, field.name)
+        field.name: getattr(result, field.name) for field in dataclasses.fields(Summary) if hasattr(result, field.name)
     }
     return Summary(
         **shared,

@@ -1,8 +1,8 @@
 """Fixtures that run one test on every backend of this machine.
 
-`engine` is a backend's name, forced for the test, or "auto": whatever the device and dtype choose. `backend` is an engine
-with a dtype and tolerances. A test names the ops it needs with `@pytest.mark.ops(...)`; a backend that lacks one of them
-does not get the test.
+`engine` is a backend's name, forced for the test, or "auto": whatever the device and dtype choose. `backend` is an
+engine with a dtype and tolerances. A test names the ops it needs with `@pytest.mark.ops(...)`; a backend that lacks one
+of them does not get the test.
 """
 
 from dataclasses import dataclass

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import asyncopd
 from asyncopd import _C, kernels
@@ -31,6 +32,11 @@ def test_backends_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(cpu, "_import_error", "No module named 'asyncopd._C'", raising=False)
     assert "asyncopd._C cannot be imported (No module" in cpu.unavailable_reason()
     assert cuda.unavailable_reason() == cpu.unavailable_reason()
+
+
+def test_cuda_backend_refuses_other_devices() -> None:
+    with pytest.raises(ValueError, match="logits: got device cpu"):
+        cuda.gather_logprobs(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64), 1.0)
 
 
 def test_version_is_the_distributions() -> None:

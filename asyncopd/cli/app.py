@@ -65,9 +65,7 @@ def train(config: ConfigFile = None, set_: Settings = None, overwrite: Overwrite
 
     resolved = load_config(config, set_ or [])
     with training_display(console, resolved) as display:
-        summary = run(
-            resolved, overwrite=overwrite, say=display.say, on_step=display.on_step, on_tick=display.on_tick
-        )
+        summary = run(resolved, overwrite=overwrite, say=display.say, on_step=display.on_step, on_tick=display.on_tick)
     console.print(summary_table([summary]))
     console.print(f"run directory: {resolved.run_dir}")
 
@@ -77,20 +75,16 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, or 'teacher' or 'student' for the embedded ones.")],
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems to answer.")] = 500,
     temperature: Annotated[float, typer.Option(min=1e-3, help="Sampling temperature.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws, and of the embedded student's warm-up.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
 ) -> None:
     """Accuracy of a model on held-out problems of the embedded task, sampled."""
-    from asyncopd.config import load_config
     from asyncopd.evaluate import evaluate as score
-    from asyncopd.task import RouteTask
-    from asyncopd.train import load_student, load_teacher_model
+    from asyncopd.task import RailwayTask, load_student, load_teacher
+    from asyncopd.train import load_model
 
-    if model == "teacher":
-        loaded = load_teacher_model(load_config())
-    else:
-        path = None if model == "student" else Path(model)
-        loaded = load_student(load_config(**{"student.path": path, "seed": seed}))
-    accuracy = score(loaded, RouteTask(), problems=problems, temperature=temperature, seed=seed)
+    embedded = {"teacher": load_teacher, "student": load_student}
+    loaded = embedded[model]() if model in embedded else load_model(Path(model), load_student)
+    accuracy = score(loaded, RailwayTask(), problems=problems, temperature=temperature, seed=seed)
     console.print(f"{model}: {accuracy} of {problems} held-out problems right at temperature {temperature:g}")
 
 
@@ -141,17 +135,27 @@ def report(
         insert_markdown(into, summaries)
 
 
-@app.command(name="train-teacher")
-def train_teacher(
-    output: Annotated[Path, typer.Argument(help="A folder for the weights (bf16 safetensors).")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Left out: the recipe of the shipped teacher.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-) -> None:
-    """Train the embedded task's teacher from scratch, as the shipped one was."""
-    from asyncopd.task import train_teacher as run
+Output = Annotated[Path, typer.Argument(help="A folder for the weights (bf16 safetensors).")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Left out: the recipe of the shipped weights.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the weights and the lessons.")]
 
-    run(output, **({} if steps is None else {"steps": steps}), seed=seed)
-    console.print(f"teacher: {output}")
+
+@app.command(name="train-teacher")
+def train_teacher(output: Output, steps: Steps = None, seed: Seed = 0) -> None:
+    """Train the embedded task's teacher from scratch, as the shipped one was."""
+    from asyncopd.task import training
+
+    training.train_teacher(output, steps=steps or training.TEACHER_STEPS, seed=seed)
+    evaluate(str(output))
+
+
+@app.command(name="warm-up-student")
+def warm_up_student(output: Output, steps: Steps = None, seed: Seed = 0) -> None:
+    """Make the embedded task's student: a short supervised warm-up on few examples, as the shipped one had."""
+    from asyncopd.task import training
+
+    training.warm_up_student(output, steps=steps or training.STUDENT_STEPS, seed=seed)
+    evaluate(str(output))
 
 
 @app.command()

@@ -29,7 +29,9 @@ def report() -> Group:
     for name in backends.BACKENDS:
         reason = backends.unavailable_reason(name)
         ops = [op for op in _OPS if backends.has_op(name, op)]
-        rows.add_row(name, "yes" if reason is None else f"no: {reason}", "all" if ops == _OPS else ", ".join(ops) or "none")
+        rows.add_row(
+            name, "yes" if reason is None else f"no: {reason}", "all" if ops == _OPS else ", ".join(ops) or "none"
+        )
 
     chosen = Table("op", "runs on (CPU, fp32)")
     for op in _OPS:

@@ -90,9 +90,7 @@ class OpdLearner:
         for slot, sequences in batch:
             for pack in packs(slot, sequences, self.max_packed_tokens):
                 rows = pack.slot_rows
-                support = Support(
-                    slot.ids[rows], slot.teacher_logprobs[rows], slot.log_weights[rows], KIND[self.draw]
-                )
+                support = Support(slot.ids[rows], slot.teacher_logprobs[rows], slot.log_weights[rows], KIND[self.draw])
                 loss = self._loss(predicting_states(self.model, pack), support, num_tokens)
                 loss.backward()
                 total += loss.item()

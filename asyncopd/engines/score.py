@@ -14,8 +14,8 @@ from asyncopd.pipeline.slots import SlotView
 class TeacherScorer:
     """The pipeline's `Scorer` on a causal language model.
 
-    Where the student drew, it scores exactly the slot's ids, and no [R, V] logits are ever held. Where the teacher draws
-    (its own top-K, or samples from itself) it writes ids and log-weights as well.
+    Where the student drew, it scores exactly the slot's ids, and no [R, V] logits are ever held. Where the teacher
+    draws (its own top-K, or samples from itself) it writes ids and log-weights as well.
 
     Args:
         temperature: divides the teacher's logits; the same as the student's.

@@ -19,8 +19,8 @@ class Correction:
         ratio_cap: truncated ratio, min(r, cap) in place of r.
         clip_eps: PPO clip: an entry whose ratio has left [1 - eps, 1 + eps] in the direction of its advantage has no
             gradient; its value is that of the clipped ratio.
-        proximal_logprobs: [N, K] log p_prox at the ids; with `clip_eps`, decoupled PPO (AReaL, arXiv 2505.24298): p/p_prox
-            is clipped, times p_prox/mu where that is at most `proximal_cap`, else 0.
+        proximal_logprobs: [N, K] log p_prox at the ids; with `clip_eps`, decoupled PPO (AReaL, arXiv 2505.24298):
+            p/p_prox is clipped, times p_prox/mu where that is at most `proximal_cap`, else 0.
         m2_budget: M2PO (arXiv 2510.01161): clip at exp(+-tau), tau such that the mean of min(log^2 r, tau^2) over the
             entries where a clip could bind is this budget (0.04 in the paper).
         advantage: "current": A = log p - log q, recomputed; "behavior": A = log mu - log q, as it was cached.

@@ -31,22 +31,23 @@ def reverse_kl(
     supports its expectation is zero, on truncated ones it is what pushes probability mass off the support.
 
     Args:
-        student_logprobs: [N, K] log p at `support.ids` (`gather_logprobs`); with normalize="sampled" unnormalised logits
-            will do as well.
+        student_logprobs: [N, K] log p at `support.ids` (`gather_logprobs`); with normalize="sampled" unnormalised
+            logits will do as well.
         support: ids, log q and log w, [N, K] each.
         mask: [N] bool or 0/1, rows that count.
-        normalize: "exact": log-probabilities as given. "sampled": normalised by log sum_i w_i exp(z_i) over the support:
-            consistent, not unbiased; no vocabulary-wide work at all.
-        tail: what truncated (top-k) supports do with the missing mass: "drop" the bare sum, which can be negative;
-            "bucket" everything off the support is one more outcome; "renormalize" condition on the support. The last two
-            are true divergences with their true gradients; sampled supports take "drop" only.
-        baseline: b: "none"; "mean", the w p weighted mean of A (the c_i sum to 0; on M samples scales the gradient by
-            about 1 - 1/M); "loo", leave-one-out over the independent draws (unbiased). Only with tail="drop".
+        normalize: "exact": log-probabilities as given. "sampled": normalised by log sum_i w_i exp(z_i) over the
+            support: consistent, not unbiased; no vocabulary-wide work at all.
+        tail: what truncated (top-k) supports do with the missing mass: "drop" the bare sum, which can be
+            negative; "bucket" everything off the support is one more outcome; "renormalize" condition on the support.
+            The last two are true divergences with their true gradients; sampled supports take "drop" only.
+        baseline: b: "none"; "mean", the w p weighted mean of A (the c_i sum to 0; on M samples scales the
+            gradient by about 1 - 1/M); "loo", leave-one-out over the independent draws (unbiased). Only with
+            tail="drop".
         correction: see `Correction`; M-sample supports only. None: importance weights alone.
         reduction: "mean" per valid row, "sum", "none" ([N]).
         num_items_in_batch: divides the sum instead: valid rows over all micro-batches and ranks.
-    Returns: fp32 (fp64 for fp64) scalar or [N]. An entry where the teacher has no mass but the student has makes the value
-        infinite; it takes no part in the gradient.
+    Returns: fp32 (fp64 for fp64) scalar or [N]. An entry where the teacher has no mass but the student has makes the
+        value infinite; it takes no part in the gradient.
     Raises: TypeError, ValueError naming the argument.
     """
     mask = _check_inputs(student_logprobs, support, mask, tail, reduction, num_items_in_batch)
@@ -54,7 +55,9 @@ def reverse_kl(
     checks.check_choice("baseline", baseline, get_args(Baseline))
     if tail != "drop":
         if baseline != "none":
-            raise ValueError(f"baseline: got {baseline!r} with tail={tail!r}, expected 'none': that gradient has no free b")
+            raise ValueError(
+                f"baseline: got {baseline!r} with tail={tail!r}, expected 'none': that gradient has no free b"
+            )
         if normalize != "exact":
             raise ValueError(f"normalize: got {normalize!r} with tail={tail!r}, expected 'exact'")
     if baseline == "loo" and support.draw == "top_k":
@@ -93,13 +96,12 @@ def forward_kl(
 ) -> Tensor:
     """Forward KL(teacher || student) estimated on a support: F = sum_i w_i q_i (log q_i - log p_i).
 
-    Args, returns and raises as `reverse_kl`. With tail="drop" on a truncated support the value misses the teacher's mass
-    off the support and is not 0 where teacher == student only if that mass is 0 in both; "bucket" and "renormalize" are.
+    Args, returns and raises as `reverse_kl`. With tail="drop" a truncated support leaves the mass off the
+    support out of value and gradient, which then is not 0 where teacher == student; "bucket" and "renormalize"
+    mend that.
     """
     mask = _check_inputs(student_logprobs, support, mask, tail, reduction, num_items_in_batch)
-    rows, _ = forward_kl_rows(
-        student_logprobs, support.teacher_logprobs, support.log_weights, support.ids, mask, tail
-    )
+    rows, _ = forward_kl_rows(student_logprobs, support.teacher_logprobs, support.log_weights, support.ids, mask, tail)
     return reduce_rows(rows, mask, reduction, num_items_in_batch)
 
 

@@ -7,6 +7,9 @@ Which head work a loss needs follows from dz = scatter(c at ids) - (sum_i c_i) s
     otherwise                                    vocabulary-wide forward and backward, tile by tile
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor, nn
 
 from asyncopd.losses.correction import Correction
@@ -47,9 +50,7 @@ def linear_reverse_kl(
     """
     kind = _reverse_kl_head_work(normalize, tail, baseline, correction)
     mask = _check(hidden, support, mask)
-    scores = gather_from_head(
-        hidden, lm_head_weight, support.ids, mask, kind, bias, temperature, logit_scale, softcap
-    )
+    scores = gather_from_head(hidden, lm_head_weight, support.ids, mask, kind, bias, temperature, logit_scale, softcap)
     return reverse_kl(
         scores,
         support,
@@ -81,12 +82,8 @@ def linear_forward_kl(
     mask = _check(hidden, support, mask)
     # Renormalised: c_i = p_i/P - q_i/Q, which sums to 0.
     kind = "centred" if tail == "renormalize" else "logprobs"
-    scores = gather_from_head(
-        hidden, lm_head_weight, support.ids, mask, kind, bias, temperature, logit_scale, softcap
-    )
-    return forward_kl(
-        scores, support, mask=mask, tail=tail, reduction=reduction, num_items_in_batch=num_items_in_batch
-    )
+    scores = gather_from_head(hidden, lm_head_weight, support.ids, mask, kind, bias, temperature, logit_scale, softcap)
+    return forward_kl(scores, support, mask=mask, tail=tail, reduction=reduction, num_items_in_batch=num_items_in_batch)
 
 
 def _check(hidden: Tensor, support: Support, mask: Tensor | None) -> Tensor | None:
@@ -102,8 +99,37 @@ def _reverse_kl_head_work(normalize: str, tail: str, baseline: str, correction: 
     return "centred" if centred and (correction is None or correction.keeps_zero_sum) else "logprobs"
 
 
-class LinearReverseKLLoss(nn.Module):
+class _LinearLoss(nn.Module):
+    """A linear loss with its options bound."""
+
+    _function: Callable[..., Tensor]
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(
+        self,
+        hidden: Tensor,
+        lm_head_weight: Tensor,
+        support: Support,
+        *,
+        mask: Tensor | None = None,
+        bias: Tensor | None = None,
+        num_items_in_batch: int | float | Tensor | None = None,
+    ) -> Tensor:
+        return type(self)._function(
+            hidden, lm_head_weight, support, mask=mask, bias=bias, num_items_in_batch=num_items_in_batch, **self.options
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+class LinearReverseKLLoss(_LinearLoss):
     """`linear_reverse_kl` with its options bound: `loss_fn(hidden, lm_head_weight, support, mask=..., bias=...)`."""
+
+    _function = staticmethod(linear_reverse_kl)
 
     def __init__(
         self,
@@ -117,38 +143,22 @@ class LinearReverseKLLoss(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
-        super().__init__()
-        self.options = {
-            "normalize": normalize,
-            "tail": tail,
-            "baseline": baseline,
-            "correction": correction,
-            "reduction": reduction,
-            "temperature": temperature,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-        }
-
-    def forward(
-        self,
-        hidden: Tensor,
-        lm_head_weight: Tensor,
-        support: Support,
-        *,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-        num_items_in_batch: int | float | Tensor | None = None,
-    ) -> Tensor:
-        return linear_reverse_kl(
-            hidden, lm_head_weight, support, mask=mask, bias=bias, num_items_in_batch=num_items_in_batch, **self.options
+        super().__init__(
+            normalize=normalize,
+            tail=tail,
+            baseline=baseline,
+            correction=correction,
+            reduction=reduction,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
         )
 
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
 
-
-class LinearForwardKLLoss(nn.Module):
+class LinearForwardKLLoss(_LinearLoss):
     """`linear_forward_kl` with its options bound."""
+
+    _function = staticmethod(linear_forward_kl)
 
     def __init__(
         self,
@@ -159,28 +169,6 @@ class LinearForwardKLLoss(nn.Module):
         logit_scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
-        super().__init__()
-        self.options = {
-            "tail": tail,
-            "reduction": reduction,
-            "temperature": temperature,
-            "logit_scale": logit_scale,
-            "softcap": softcap,
-        }
-
-    def forward(
-        self,
-        hidden: Tensor,
-        lm_head_weight: Tensor,
-        support: Support,
-        *,
-        mask: Tensor | None = None,
-        bias: Tensor | None = None,
-        num_items_in_batch: int | float | Tensor | None = None,
-    ) -> Tensor:
-        return linear_forward_kl(
-            hidden, lm_head_weight, support, mask=mask, bias=bias, num_items_in_batch=num_items_in_batch, **self.options
+        super().__init__(
+            tail=tail, reduction=reduction, temperature=temperature, logit_scale=logit_scale, softcap=softcap
         )
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())

@@ -220,12 +220,11 @@ def linear_gather_logprobs(
     Args:
         hidden: [N, H]. lm_head_weight: [V, H] of the same dtype. ids: [N, K], -1 pads. bias: [V] or None.
         temperature, logit_scale, softcap: see `linear_topk_logprobs`.
-    Returns: [N, K] fp32 (fp64 for fp64), differentiable in hidden, weight and bias; weight gradients accumulate in fp32.
+    Returns: [N, K] fp32 (fp64 for fp64), differentiable in hidden, weight and bias; gradients
+        accumulate in fp32.
     Raises: TypeError, ValueError naming the argument.
     """
-    return gather_from_head(
-        hidden, lm_head_weight, ids, None, "logprobs", bias, temperature, logit_scale, softcap
-    )
+    return gather_from_head(hidden, lm_head_weight, ids, None, "logprobs", bias, temperature, logit_scale, softcap)
 
 
 def gather_from_head(
@@ -242,8 +241,8 @@ def gather_from_head(
     """Scores [N, K] of a head at ids for the losses; masked rows are not computed and get -inf.
 
     kind "logprobs": log p, with its whole gradient. "logits": unnormalised z from K dot products a row.
-    "centred": log p whose gradient leaves out the normaliser's. Right where the coefficients of every row sum to zero,
-    and then only the support's rows of the head are touched by the backward: NKH work in place of NVH.
+    "centred": log p whose gradient leaves out the normaliser's. Right where the coefficients of every row sum to
+    zero, and then only the support's rows of the head are touched by the backward: NKH work in place of NVH.
     """
     hidden, weight, bias = prepare_head(hidden, weight, bias, temperature, logit_scale, softcap)
     checks.check_ids("ids", ids, hidden, "hidden")

@@ -35,6 +35,12 @@ class ScheduleConfig(BaseModel):
         description="most optimizer steps between the weights that wrote any token of a sequence "
         "and the weights that train on it; a hard bound",
     )
+    late: Literal["wait", "refuse"] = Field(
+        "wait",
+        description="what the learner does before a step that would make a sequence on its way "
+        "exceed max_staleness: wait for it, or go on, refuse it when it comes and roll its prompt "
+        "out again (faster, but long answers are then trained on less often than they are written)",
+    )
     rollout_workers: int = Field(1, ge=1, description="rollout processes")
     threads_per_worker: int = Field(1, ge=1, description="torch threads of each worker")
     num_slots: int | None = Field(
@@ -47,16 +53,13 @@ class ScheduleConfig(BaseModel):
         gt=0,
         description="seconds of silence from a worker that owes work until the run is ended",
     )
-    startup_timeout_s: float = Field(
-        600.0, gt=0, description="seconds that a worker may take to build its engine"
-    )
+    startup_timeout_s: float = Field(600.0, gt=0, description="seconds that a worker may take to build its engine")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.batch_size % self.sequences_per_slot:
             raise ValueError(
-                f"batch_size ({self.batch_size}) must be a multiple of sequences_per_slot "
-                f"({self.sequences_per_slot})"
+                f"batch_size ({self.batch_size}) must be a multiple of sequences_per_slot ({self.sequences_per_slot})"
             )
         # In sync mode a whole batch lies in slots before the first is scored, and each rollout
         # worker may leave one slot partly filled; one more keeps async mode moving.

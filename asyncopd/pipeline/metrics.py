@@ -118,9 +118,7 @@ class Meter:
         rollout = _mean([stats.busy_s for stats in self.rollout])
         return dict(zip(STAGES, (rollout, self.teacher.busy_s, self.learner.busy_s), strict=True))
 
-    def step(
-        self, step: int, learner: dict[str, float], batch: Batch, refused: int
-    ) -> dict[str, float]:
+    def step(self, step: int, learner: dict[str, float], batch: Batch, refused: int) -> dict[str, float]:
         """The metrics of one optimizer step; counters and seconds are since the step before."""
         self.sequences += len(batch.sequences)
         self.tokens += sum(info.response_tokens for info in batch.sequences)
@@ -156,18 +154,14 @@ class Meter:
             metrics["rollout/accuracy"] = _mean(judged)
         return metrics
 
-    def result(
-        self, *, steps: int, refused: int, cache_bytes: int, checkpoint: str | None
-    ) -> RunResult:
+    def result(self, *, steps: int, refused: int, cache_bytes: int, checkpoint: str | None) -> RunResult:
         wall, tokens, busy = self.elapsed(), self.stage_tokens(), self.stage_busy()
         return RunResult(
             steps=steps,
             wall_seconds=wall,
             stage_tokens=tokens,
             stage_busy_seconds=busy,
-            stage_tokens_per_second={
-                stage: tokens[stage] / busy[stage] if busy[stage] else 0.0 for stage in STAGES
-            },
+            stage_tokens_per_second={stage: tokens[stage] / busy[stage] if busy[stage] else 0.0 for stage in STAGES},
             overlap=sum(busy.values()) / wall,
             learner_tokens_per_second=self.tokens / wall,
             staleness_mean=self.staleness_sum / max(self.sequences, 1),

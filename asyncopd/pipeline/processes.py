@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal
 
 from asyncopd.pipeline.errors import WorkerError
 from asyncopd.pipeline.messages import Failed, Stop
 from asyncopd.pipeline.worker import WorkerArgs, run_worker
 
+# A fork inherits locks that other threads hold, and CUDA does not survive one.
+START_METHOD: Literal["spawn", "forkserver"] = "spawn"
 TERMINATE_S = 2.0  # from SIGTERM to SIGKILL
 LEAVE_S = 10.0  # from Stop to SIGTERM
 
@@ -69,9 +72,9 @@ class WorkerHandle:
         self.name = name
         self.ready = False
         self.contact = time.monotonic()  # last message either way
-        context = mp.get_context("spawn")
-        self.conn, child = context.Pipe(duplex=True)
-        self.process = context.Process(target=run_worker, args=(loop, child, args), name=name)
+        context: Any = mp.get_context(START_METHOD)  # typeshed gives Process to its subclasses only
+        self.conn, child = mp.Pipe(duplex=True)
+        self.process: BaseProcess = context.Process(target=run_worker, args=(loop, child, args), name=name)
         self.process.start()
         child.close()  # the worker's death is seen as end of file only if no copy stays open here
         # Sends go through a thread: a worker that does not read must not block the supervisor,

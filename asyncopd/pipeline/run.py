@@ -69,9 +69,7 @@ def _prompt_source(prompts: Prompts, longest: int) -> NextPrompt:
             except StopIteration:
                 raise ValueError(f"the prompts ended after {uid}; the run needs more") from None
         if not 1 <= len(prompt) <= longest:
-            raise ValueError(
-                f"prompt {uid} has {len(prompt)} tokens, expected 1 to max_prompt_tokens={longest}"
-            )
+            raise ValueError(f"prompt {uid} has {len(prompt)} tokens, expected 1 to max_prompt_tokens={longest}")
         return prompt
 
     return next_prompt

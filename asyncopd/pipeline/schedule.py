@@ -3,10 +3,14 @@
 A slot goes round: free -> filling (one rollout worker) -> filled -> scoring -> ready -> training ->
 free. Events move it on; decisions say what may move.
 
-The batching rule: a step takes exactly batch_size sequences, from the slots with the oldest version
-first. A slot may be split over two steps and is free when its last sequence is consumed or refused.
-There is one exception, so that a run with few slots cannot lock up: when every slot is taken and a
-rollout worker cannot go on without one, the learner takes what is ready.
+The batching rule: a step takes exactly batch_size sequences, those with the oldest version first and
+among equals those that were ready first. A slot may be split over several steps and is free when its
+last sequence is consumed or refused. There is one exception, so that a run with few slots cannot lock
+up: when every slot is taken and rollouts cannot go on without one, the learner takes what is ready.
+
+Late sequences: pacing admits what is in time in first-in first-out order, but a long sequence is
+overtaken by short ones. Refusing it would train on short answers more often than they are written.
+So the learner, by default, waits before a step that would make a sequence on its way too old.
 """
 
 from __future__ import annotations
@@ -42,6 +46,7 @@ class Scheduler:
         max_staleness: bound in optimizer steps (eta); older sequences are refused.
         num_slots: slots of shared memory.
         places: for each rollout worker how many sequences it decodes at once.
+        wait_for_late: whether a step waits for sequences on their way that it would make too old.
         next_prompt: called once for each new uid (0, 1, ...), returns the prompt's token ids.
     """
 
@@ -56,23 +61,24 @@ class Scheduler:
         num_slots: int,
         places: Sequence[int],
         next_prompt: NextPrompt,
+        wait_for_late: bool = True,
     ) -> None:
         self.pacing = pacing
         self.steps = steps
         self.batch_size = batch_size
         self.max_staleness = max_staleness
+        self.wait_for_late = wait_for_late
         self.version = 0
         self.refused = 0
         self._next_prompt = next_prompt
         self._uids = 0
         self._prompts: dict[int, list[int]] = {}  # of every outstanding sequence
+        self._since: dict[int, int] = {}  # of each of them: no token is older than this version
         self._again: deque[RolloutRequest] = deque()  # refused, to be granted before new ones
         self._places = list(places)
         # Busy is a worker with what it decodes, what waits for its slot to fill, and some prompts
         # more to refill places at once.
-        self._caps = [
-            pacing.cap(batch_size, len(places), p + sequences_per_slot + -(-p // 4)) for p in places
-        ]
+        self._caps = [pacing.cap(batch_size, len(places), p + sequences_per_slot + -(-p // 4)) for p in places]
         self._decoding = [0] * len(places)
         self._loaded = [-1] * len(places)
         self._free = list(range(num_slots))  # used as a stack: the same few slots stay in cache
@@ -155,8 +161,7 @@ class Scheduler:
             open_to = [
                 worker
                 for worker in workers
-                if self._decoding[worker] < self._caps[worker]
-                and self.pacing.room(books, worker) > 0
+                if self._decoding[worker] < self._caps[worker] and self.pacing.room(books, worker) > 0
             ]
             if not open_to:
                 break
@@ -164,6 +169,7 @@ class Scheduler:
             request = self._take_prompt()
             self._prompts[request.uid] = request.prompt_ids
             self._decoding[worker] += 1
+            self._since[request.uid] = self._loaded[worker]
             grants.setdefault(worker, []).append(request)
         return list(grants.items())
 
@@ -184,17 +190,17 @@ class Scheduler:
         available = sum(len(self._contents[slot]) for slot in self._ready)
         if not available or (available < self.batch_size and not self._locked_up()):
             return None
-        # sort() is stable: among equals the slot that became ready first
-        self._ready.sort(key=self._oldest)
-        batch = Batch([], [], [])
-        for slot in self._ready:
-            missing = self.batch_size - len(batch.sequences)
-            if not missing:
-                break
-            contents = self._contents[slot]
-            indices = sorted(contents)[:missing]
-            batch.parts.append((slot, indices))
-            batch.sequences.extend(contents[i] for i in indices)
+        waiting = [(slot, index) for slot in self._ready for index in self._contents[slot]]
+        waiting.sort(key=lambda at: self._contents[at[0]][at[1]].oldest_version)  # stable
+        chosen: dict[int, list[int]] = {}
+        for slot, index in waiting[: self.batch_size]:
+            chosen.setdefault(slot, []).append(index)
+        batch = Batch([(slot, sorted(indices)) for slot, indices in chosen.items()], [], [])
+        for slot, indices in batch.parts:
+            batch.sequences.extend(self._contents[slot][index] for index in indices)
+        on_their_way = self.outstanding > available
+        if self.wait_for_late and on_their_way and self._makes_late(batch) and not self._locked_up():
+            return None
         batch.staleness.extend(self.version - info.oldest_version for info in batch.sequences)
         self._training = batch
         return batch
@@ -205,6 +211,7 @@ class Scheduler:
         """``worker`` handed in its slot, full or not."""
         self._filling[worker] = None
         self._decoding[worker] -= len(sequences)
+        self._since |= {info.uid: info.oldest_version for info in sequences}
         self._contents[slot] = dict(enumerate(sequences))
         self._filled.append(slot)
 
@@ -237,8 +244,15 @@ class Scheduler:
         self._uids += 1
         return RolloutRequest(uid, self._next_prompt(uid))
 
-    def _oldest(self, slot: int) -> int:
-        return min(info.oldest_version for info in self._contents[slot].values())
+    def _makes_late(self, batch: Batch) -> bool:
+        """Whether this step would leave a sequence that cannot be consumed in time any more.
+
+        With the rest in line by age, number k is consumed k // B steps after the next one begins.
+        """
+        taken = {info.uid for info in batch.sequences}
+        rest = sorted(version for uid, version in self._since.items() if uid not in taken)
+        deadline = self.max_staleness - self.version - 1
+        return any(version + deadline < k // self.batch_size for k, version in enumerate(rest))
 
     def _locked_up(self) -> bool:
         """Whether rollouts wait for a slot and only the learner can free one."""
@@ -261,7 +275,7 @@ class Scheduler:
 
     def _drop(self, slot: int, index: int) -> None:
         info = self._contents[slot].pop(index)
-        del self._prompts[info.uid]
+        del self._prompts[info.uid], self._since[info.uid]
 
     def _release(self, slot: int, where: deque[int] | list[int]) -> None:
         where.remove(slot)

@@ -189,9 +189,7 @@ class SlotView:
         full["uids"][count] = rollout.uid
         full["versions"][row:last] = rollout.versions
         full["ids"][row:last] = -1 if rollout.ids is None else rollout.ids
-        full["log_weights"][row:last] = (
-            -torch.inf if rollout.log_weights is None else rollout.log_weights
-        )
+        full["log_weights"][row:last] = -torch.inf if rollout.log_weights is None else rollout.log_weights
         full["teacher_logprobs"][row:last] = -torch.inf
         full["counts"][:] = torch.tensor([count + 1, end, last], dtype=torch.int32)
         return True
@@ -212,10 +210,7 @@ class SlotView:
             ("log_weights", rollout.log_weights, shape),
         ):
             if value is not None and tuple(value.shape) != expected:
-                raise ValueError(
-                    f"sequence {rollout.uid}: {name} has shape {tuple(value.shape)}, "
-                    f"expected {expected}"
-                )
+                raise ValueError(f"sequence {rollout.uid}: {name} has shape {tuple(value.shape)}, expected {expected}")
 
 
 class SlotArena:
@@ -230,9 +225,7 @@ class SlotArena:
         self.spec = spec
         self._memory = torch.zeros(spec.nbytes, dtype=torch.uint8) if memory is None else memory
         if self._memory.numel() < spec.nbytes:
-            raise ValueError(
-                f"memory has {self._memory.numel()} bytes, the arena needs {spec.nbytes}"
-            )
+            raise ValueError(f"memory has {self._memory.numel()} bytes, the arena needs {spec.nbytes}")
 
     def slot(self, index: int) -> SlotView:
         """Slot ``index``; raises IndexError outside [0, num_slots)."""

@@ -106,9 +106,7 @@ class Supervisor:
 
     # --- start and end ---
 
-    def _spawn(
-        self, rollout: RolloutFactory, teacher: ScorerFactory, learner: LearnerFactory
-    ) -> None:
+    def _spawn(self, rollout: RolloutFactory, teacher: ScorerFactory, learner: LearnerFactory) -> None:
         spec = self.config.slot_spec()
         self._slot_memory.resize(
             spec.nbytes,
@@ -132,9 +130,7 @@ class Supervisor:
         for name, loop, factory in jobs:
             pickled = pickle_factory(name, factory)
             with interrupts_deferred():
-                self._workers.append(
-                    WorkerHandle(name, loop, dataclasses.replace(args, factory=pickled))
-                )
+                self._workers.append(WorkerHandle(name, loop, dataclasses.replace(args, factory=pickled)))
 
     def _start(self) -> None:
         """Wait until every engine is built and has version 0 of the weights; start the clock."""
@@ -148,9 +144,7 @@ class Supervisor:
         )
         for handle in (*self.rollouts, self.learner):
             handle.send(msg.Attach(self._weights))
-        pacing: Pacing = (
-            SyncPacing() if config.mode == "sync" else AsyncPacing(config.max_staleness)
-        )
+        pacing: Pacing = SyncPacing() if config.mode == "sync" else AsyncPacing(config.max_staleness)
         self._scheduler = Scheduler(
             pacing,
             steps=config.steps,
@@ -160,6 +154,7 @@ class Supervisor:
             num_slots=config.slot_count(),
             places=self._places,
             next_prompt=self._next_prompt,
+            wait_for_late=config.late == "wait",
         )
         self._publish()
         while self._owes():
@@ -184,9 +179,7 @@ class Supervisor:
             self._workers[worker].send(msg.FillSlot(slot))
         for worker, requests in scheduler.prompts_to_grant():
             self._workers[worker].send(msg.Prompts(requests))
-        while (
-            scheduler.scoring < TEACHER_DEPTH and (filled := scheduler.slot_to_score()) is not None
-        ):
+        while scheduler.scoring < TEACHER_DEPTH and (filled := scheduler.slot_to_score()) is not None:
             self.teacher.send(msg.Score(filled))
         if (batch := scheduler.batch_to_train()) is not None:
             version = scheduler.version + 1

@@ -53,8 +53,7 @@ class WeightSegment:
             tensor = named[name].detach()
             if tensor.shape != view.shape:
                 raise ValueError(
-                    f"weight {name!r} has shape {tuple(tensor.shape)}, "
-                    f"weight_spec() said {tuple(view.shape)}"
+                    f"weight {name!r} has shape {tuple(tensor.shape)}, weight_spec() said {tuple(view.shape)}"
                 )
             view.copy_(tensor)
 

@@ -1,41 +1,53 @@
-"""The teacher and the student: small Qwen3 models, built from a config, never downloaded."""
-
-from __future__ import annotations
+"""The teacher and the student: small Qwen3 models, built from a config, shipped with the package, never downloaded."""
 
 from pathlib import Path
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from asyncopd.task.routes import EOS_ID, FROM_ID, PAD_ID, VOCAB_SIZE
+from asyncopd.task.railway import DIRECTION_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 ASSETS = Path(__file__).parent / "assets"
 
 
-def _config(layers: int, width: int, mlp: int, heads: int, kv_heads: int) -> Qwen3Config:
+def _config(layers: int, width: int, heads: int) -> Qwen3Config:
     return Qwen3Config(
         vocab_size=VOCAB_SIZE,
         hidden_size=width,
-        intermediate_size=mlp,
+        intermediate_size=3 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
+        num_key_value_heads=heads,
         head_dim=32,
         max_position_embeddings=128,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         tie_word_embeddings=True,
-        bos_token_id=FROM_ID,
+        bos_token_id=DIRECTION_ID,
         eos_token_id=EOS_ID,
         pad_token_id=PAD_ID,
-        attn_implementation="sdpa",
     )
 
 
 def teacher_config() -> Qwen3Config:
     """3 layers, 128 wide."""
-    return _config(3, 128, 384, 4, 2)
+    return _config(layers=3, width=128, heads=4)
 
 
 def student_config() -> Qwen3Config:
-    """2 layers, 64 wide."""
-    return _config(2, 64, 192, 2, 2)
+    """2 layers, 96 wide."""
+    return _config(layers=2, width=96, heads=3)
+
+
+def load_teacher() -> Qwen3ForCausalLM:
+    """The shipped teacher (bf16 weights) in fp32."""
+    return _load("teacher")
+
+
+def load_student() -> Qwen3ForCausalLM:
+    """The shipped student, after its warm-up (bf16 weights), in fp32."""
+    return _load("student")
+
+
+def _load(name: str) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM.from_pretrained(
+        ASSETS / name, dtype=torch.float32, local_files_only=True, use_safetensors=True
+    )

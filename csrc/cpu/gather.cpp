@@ -14,6 +14,7 @@ namespace asyncopd {
 namespace {
 
 constexpr int kBlock = 512;  // columns; 2 KiB of fp32 stay in L1 between the two passes
+constexpr int kLanes = 64;   // independent partial results: four AVX-512 registers, or sixteen of SSE
 
 struct Problem {
   const void* logits;

@@ -5,11 +5,12 @@
 // A block is read from memory once (its maximum) and then again from L1 (its exponentials), so the limit is one read
 // of the logits: V * 4 bytes a row for fp32, V * 2 for bf16 and fp16.
 //
-// Accuracy. Inside a block the sum runs in vector lanes of fp32; across blocks it is fp64, so the number of columns
-// does not matter. exp((z - m) t) = 2^n 2^r with c = t log2(e) split into two floats: a one-float c would be off by the
-// same relative amount everywhere, and that error would not average out over the row.
+// Accuracy. A block is summed in fp32, as kLanes separate sums and then a tree, so with few roundings; blocks are
+// added in fp64, so the number of columns does not matter. exp((z - m) t) = 2^n 2^r with c = t log2(e) split into two
+// floats: a one-float c would be off by the same relative amount everywhere, and that error would not average out.
 //
-// `omp simd` lets the compiler reorder exactly these two sums and maxima; -ffast-math would also take NaN and inf away.
+// The lanes are spelled out because a compiler may not reorder a sum or a maximum of floats by itself, and the flag
+// that lets it (-ffast-math) also takes NaN and inf away. So written, GCC and clang vectorise both loops.
 
 struct Scale {
   float hi, lo;  // (1 / temperature) * log2(e), as a sum of two floats
@@ -74,6 +75,15 @@ ASYNCOPD_INLINE float exp_scaled(float x, float scale_hi, float scale_lo) {
   return t < -125.0f ? 0.0f : result;
 }
 
+// Combines all lanes into lanes[0], halving their number each time.
+template <typename Op>
+ASYNCOPD_INLINE void fold(float* lanes, Op op) {
+#pragma GCC unroll 8
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) lanes[l] = op(lanes[l], lanes[l + half]);
+  }
+}
+
 template <typename Type>
 bool has_nan(const typename Type::Storage* row, int64_t vocab) {
   for (int64_t v = 0; v < vocab; ++v) {
@@ -89,16 +99,22 @@ double logsumexp_row(const typename Type::Storage* row, int64_t vocab, const Sca
   float running_max = -kInf;
   double sum = 0.0;
   alignas(64) float block[kBlock];
+  alignas(64) float lanes[kLanes];
   for (int64_t start = 0; start < vocab; start += kBlock) {
     const auto* source = row + start;
     const int width = static_cast<int>(vocab - start < kBlock ? vocab - start : kBlock);
-    float block_max = -kInf;
-#pragma omp simd reduction(max : block_max)
-    for (int v = 0; v < width; ++v) {
-      const float value = Type::load(source[v]);
-      block[v] = value;
-      block_max = value > block_max ? value : block_max;  // a NaN never wins; it shows up in the sum
+    const int padded = (width + kLanes - 1) / kLanes * kLanes;
+    for (int v = 0; v < width; ++v) block[v] = Type::load(source[v]);
+    for (int v = width; v < padded; ++v) block[v] = -kInf;
+
+    for (int l = 0; l < kLanes; ++l) lanes[l] = -kInf;
+    for (int v = 0; v < padded; v += kLanes) {
+      // A NaN never wins; it shows up in the sum.
+      for (int l = 0; l < kLanes; ++l) lanes[l] = block[v + l] > lanes[l] ? block[v + l] : lanes[l];
     }
+    fold(lanes, [](float a, float b) { return a > b ? a : b; });
+    const float block_max = lanes[0];
+
     if (block_max > running_max) {
       if (block_max == kInf) {
         return has_nan<Type>(row, vocab) ? std::numeric_limits<double>::quiet_NaN() : static_cast<double>(kInf);
@@ -111,10 +127,12 @@ double logsumexp_row(const typename Type::Storage* row, int64_t vocab, const Sca
     }
     // -inf minus -inf would be NaN: a row that is -inf so far measures from 0.
     const float origin = running_max == -kInf ? 0.0f : running_max;
-    float block_sum = 0.0f;
-#pragma omp simd reduction(+ : block_sum)
-    for (int v = 0; v < width; ++v) block_sum += exp_scaled(block[v] - origin, hi, lo);
-    sum += block_sum;
+    for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
+    for (int v = 0; v < padded; v += kLanes) {
+      for (int l = 0; l < kLanes; ++l) lanes[l] += exp_scaled(block[v + l] - origin, hi, lo);
+    }
+    fold(lanes, [](float a, float b) { return a + b; });
+    sum += lanes[0];
   }
   if (std::isnan(sum) || running_max == -kInf) return std::isnan(sum) ? sum : -static_cast<double>(kInf);
   return running_max * scale.inv_temperature + std::log(sum);

@@ -13,13 +13,14 @@
 #define ASYNCOPD_TARGET_BEGIN_AVX2 \
   _Pragma("clang attribute push(__attribute__((target(\"avx2,fma\"))), apply_to = function)")
 #define ASYNCOPD_TARGET_BEGIN_AVX512 \
-  _Pragma("clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma\"))), apply_to = function)")
+  _Pragma(                           \
+      "clang attribute push(__attribute__((target(\"avx512f,avx512bw,avx512dq,avx512vl,fma\"))), apply_to = function)")
 #define ASYNCOPD_TARGET_END _Pragma("clang attribute pop")
 #else
 #define ASYNCOPD_TARGET_BEGIN_AVX2 _Pragma("GCC push_options") _Pragma("GCC target(\"avx2,fma\")")
 #define ASYNCOPD_TARGET_BEGIN_AVX512 \
   _Pragma("GCC push_options")        \
-  _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512\")")
+  _Pragma("GCC target(\"avx512f,avx512bw,avx512dq,avx512vl,fma,prefer-vector-width=512\")")
 #define ASYNCOPD_TARGET_END _Pragma("GCC pop_options")
 #endif
 #endif

@@ -61,7 +61,9 @@ def make_decoder(model: PreTrainedModel, **options: object) -> Decoder:
 
 def requests(count: int) -> list[RolloutRequest]:
     """Prompts of 1 to 5 tokens."""
-    return [RolloutRequest(uid, [(7 * uid + 3 * i) % (VOCAB - 3) + 3 for i in range(1 + uid % 5)]) for uid in range(count)]
+    return [
+        RolloutRequest(uid, [(7 * uid + 3 * i) % (VOCAB - 3) + 3 for i in range(1 + uid % 5)]) for uid in range(count)
+    ]
 
 
 def drain(decoder: Decoder, todo: list[RolloutRequest]) -> dict[int, Rollout]:

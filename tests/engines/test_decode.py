@@ -126,7 +126,9 @@ def test_streams_never_collide() -> None:
     )
     assert len(streams.unique()) == len(streams)
     assert (streams >= 0).all()
-    assert int(token_streams((1 << 14) - 1, torch.tensor([(1 << 28) - 1]), torch.tensor([(1 << 20) - 1]), 1)) == 2**63 - 1
+    assert (
+        int(token_streams((1 << 14) - 1, torch.tensor([(1 << 28) - 1]), torch.tensor([(1 << 20) - 1]), 1)) == 2**63 - 1
+    )
     with pytest.raises(ValueError, match="seed: got 16384"):
         token_streams(1 << 14, uids[0], positions[0], 0)
 

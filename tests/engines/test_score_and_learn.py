@@ -33,7 +33,12 @@ def scored_slot(
     rollouts = list(drain(decoder, requests(7)).values())
     slot = fill_slot(rollouts, k)
     scorer = TeacherScorer(
-        teacher, draw=draw, num_scores=k, temperature=temperature, seed=3, max_packed_tokens=30  # type: ignore[arg-type]
+        teacher,
+        draw=draw,
+        num_scores=k,
+        temperature=temperature,
+        seed=3,
+        max_packed_tokens=30,  # type: ignore[arg-type]
     )
     scorer.score(slot)
     return slot, rollouts
@@ -97,7 +102,6 @@ def test_teacher_equal_to_student_gives_no_loss_and_no_gradient(
     metrics = make_learner(student, draw).step([(slot, list(range(7)))])
     assert abs(metrics["loss"]) < 1e-5
     assert metrics["grad_norm"] < 1e-4
-
 
 
 def dense_gradient(student: PreTrainedModel, teacher: PreTrainedModel, rollouts: list[Rollout]) -> list[torch.Tensor]:

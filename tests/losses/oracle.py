@@ -147,7 +147,9 @@ def _divergence(lp: dict[int, float], lq: dict[int, float], tail: str, coef: lis
     return value, coef
 
 
-def forward_row(log_p: Row, log_q: Row, log_w: Row, ids: Sequence[int], tail: str = "drop") -> tuple[float, list[float]]:
+def forward_row(
+    log_p: Row, log_q: Row, log_w: Row, ids: Sequence[int], tail: str = "drop"
+) -> tuple[float, list[float]]:
     valid = [i for i, token in enumerate(ids) if token >= 0]
     coef = [0.0] * len(ids)
     if not valid:

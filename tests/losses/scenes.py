@@ -78,4 +78,4 @@ def with_pads(support: Support, columns: list[int]) -> Support:
         for i, fill in enumerate(fills):
             pad = torch.full_like(pieces[i][:, :1], fill)
             pieces[i] = torch.cat([pieces[i][:, :column], pad, pieces[i][:, column:]], 1)
-    return Support(*pieces, support.draw)
+    return Support(pieces[0], pieces[1], pieces[2], support.draw)

@@ -18,9 +18,7 @@ def inputs(rng: torch.Generator, n: int = 7, v: int = 23, k: int = 5) -> tuple[t
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.3])
 @pytest.mark.parametrize("id_dtype", [torch.int32, torch.int64])
-def test_values_and_gradient(
-    backend: Backend, rng: torch.Generator, temperature: float, id_dtype: torch.dtype
-) -> None:
+def test_values_and_gradient(backend: Backend, rng: torch.Generator, temperature: float, id_dtype: torch.dtype) -> None:
     logits, ids = inputs(rng)
     logits = backend.tensor(logits).requires_grad_()
     ids = backend.tensor(ids.to(id_dtype))
@@ -137,9 +135,7 @@ def test_low_precision_logits(engine: str, rng: torch.Generator, dtype: torch.dt
     assert logits.grad.dtype == dtype
     # Computed in fp32 and rounded once: half a unit of the logits' dtype (and its smallest subnormal).
     tiny = torch.finfo(dtype)
-    torch.testing.assert_close(
-        logits.grad.double(), z.grad, rtol=tiny.eps * 0.51, atol=tiny.smallest_normal * tiny.eps
-    )
+    torch.testing.assert_close(logits.grad.double(), z.grad, rtol=tiny.eps * 0.51, atol=tiny.smallest_normal * tiny.eps)
 
 
 @pytest.mark.parametrize("layout", ["rows_apart", "every_second_column", "transposed"])

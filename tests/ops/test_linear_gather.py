@@ -1,5 +1,7 @@
 """linear_gather_logprobs: gather_logprobs through a head, with gradients of hidden states, weight and bias."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import Backend
@@ -10,7 +12,7 @@ from asyncopd.backends.reference import rows
 
 pytestmark = pytest.mark.ops("linear_gather_logprobs", "linear_gather_logprobs_backward")
 INF = float("inf")
-SCALARS = [
+SCALARS: list[dict[str, Any]] = [
     {},
     {"temperature": 0.6},
     {"logit_scale": 0.3},
@@ -26,7 +28,7 @@ def head(rng: torch.Generator, n: int, h: int, v: int, k: int) -> tuple[Tensor, 
     return normal(n, h), normal(v, h), normal(v), torch.randint(0, v, (n, k), generator=rng)
 
 
-def dense(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, scalars: dict[str, float]) -> Tensor:
+def dense(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, scalars: dict[str, Any]) -> Tensor:
     z = hidden @ weight.t()
     z = (z if bias is None else z + bias) * scalars.get("logit_scale", 1.0)
     if "softcap" in scalars:
@@ -36,9 +38,7 @@ def dense(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, scal
 
 @pytest.mark.parametrize("scalars", SCALARS, ids=str)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_values_and_gradients(
-    backend: Backend, rng: torch.Generator, with_bias: bool, scalars: dict[str, float]
-) -> None:
+def test_values_and_gradients(backend: Backend, rng: torch.Generator, with_bias: bool, scalars: dict[str, Any]) -> None:
     hidden, weight, bias, ids = head(rng, 9, 6, 31, 4)
     given = [backend.tensor(t).requires_grad_() for t in (hidden, weight, bias)]
     upstream = backend.tensor(torch.randn(ids.shape, generator=rng, dtype=torch.float64))
@@ -55,7 +55,7 @@ def test_values_and_gradients(
 
 
 @pytest.mark.parametrize("scalars", SCALARS, ids=str)
-def test_gradcheck(rng: torch.Generator, scalars: dict[str, float]) -> None:
+def test_gradcheck(rng: torch.Generator, scalars: dict[str, Any]) -> None:
     hidden, weight, bias, ids = head(rng, 3, 2, 5, 3)
     ids[0, 1], ids[2, 0] = ids[0, 0], ids[2, 2]
     leaves = tuple(t.requires_grad_() for t in (hidden, weight, bias))

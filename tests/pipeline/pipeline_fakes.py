@@ -39,7 +39,7 @@ class Fake:
     load_s: float = 0.0
     slow_worker: str = ""  # its decode step takes slow_s
     slow_s: float = 0.0
-    faults: dict[str, str] | None = None  # raise, exit, kill, hang or start
+    faults: dict[str, str] | None = None  # raise, exit, kill, hang, start, slow start
     fault_after: int = 3  # calls that go well
     log: str = ""  # the learner notes here what it consumes
     mark: str = ""  # a file touched right before going wrong
@@ -57,6 +57,8 @@ class Fault:
         self.mark = fake.mark
         if self.kind == "start":
             raise OSError("no such model")
+        if self.kind == "slow start":
+            time.sleep(3600)
 
     def __call__(self) -> None:
         self.left -= 1

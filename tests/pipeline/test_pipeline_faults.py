@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing as mp
-import os
+import re
 import signal
-import subprocess
-import sys
 import time
-import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,8 @@ import pytest
 from pipeline_fakes import Fake, config, factories, prompt_of
 
 from asyncopd.pipeline import StallError, WorkerError, run_pipeline
+
+pytestmark = pytest.mark.usefixtures("quick_start")
 
 ROLES = ("rollout-0", "teacher", "learner")
 SECONDS = 5.0  # "within seconds", on a busy machine
@@ -66,13 +64,20 @@ def test_worker_death_goes_unnoticed(tmp_path: Path, worker: str, kind: str, cod
     assert seconds < SECONDS
 
 
-@pytest.mark.parametrize(("worker", "debt"), [("rollout-0", "sequences"), ("teacher", "slots"), ("learner", "step")])
+@pytest.mark.parametrize(
+    ("worker", "debt"),
+    [
+        ("rollout-0", r"\d+ sequences|weights, version"),
+        ("teacher", r"scores of \d slots"),
+        ("learner", "optimizer step 4"),
+    ],
+)
 def test_stall_names_the_stuck_side(tmp_path: Path, worker: str, debt: str) -> None:
     error, seconds = fail(tmp_path, worker, "hang", stall_timeout_s=1.0)
     assert isinstance(error, StallError)
     assert error.worker == worker
     assert f"worker '{worker}' is stuck" in str(error)
-    assert debt in str(error)
+    assert re.search(debt, str(error))
     assert seconds < 1.0 + SECONDS
 
 
@@ -92,8 +97,9 @@ def test_failing_start_is_named(worker: str) -> None:
 
 
 def test_slow_start_is_named() -> None:
-    with pytest.raises(StallError, match=r"'rollout-0' is stuck: silent for .* it owes its start"):
-        run_pipeline(config(startup_timeout_s=0.2), **factories(Fake()))
+    fakes = factories(Fake(faults={"teacher": "slow start"}))
+    with pytest.raises(StallError, match=r"'teacher' is stuck: silent for .* it owes its start"):
+        run_pipeline(config(startup_timeout_s=3.0), **fakes)
     assert mp.active_children() == []
 
 
@@ -117,82 +123,6 @@ def test_exception_in_a_callback_leaves_no_process() -> None:
     with pytest.raises(LookupError, match="display is gone"):
         run_pipeline(config(), **factories(Fake()), on_step=on_step)
     assert mp.active_children() == []
-
-
-# --- the supervisor itself is ended ---
-
-
-def marked(marker: str) -> list[int]:
-    """Process ids whose environment holds the marker; the resource tracker's included."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and marker.encode() in (entry / "environ").read_bytes():
-                state = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0]
-                if state != "Z":
-                    found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
-
-
-def shared_names() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
-
-
-def interrupt(process: subprocess.Popen[str]) -> None:
-    """Like Ctrl-C in a terminal: every process of the group gets it. Twice: users are impatient."""
-    os.killpg(process.pid, signal.SIGINT)
-    time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
-
-
-ENDINGS: list[tuple[str, str, Callable[[subprocess.Popen[str]], None]]] = [
-    ("SIGINT", "step", interrupt),
-    ("SIGINT in start-up", "started", interrupt),
-    ("SIGTERM", "step", lambda process: process.terminate()),
-    ("SIGKILL", "step", lambda process: process.kill()),
-    ("SIGKILL in decode", "long-decode", lambda process: process.kill()),
-]
-
-
-@pytest.mark.parametrize(("when", "end"), [e[1:] for e in ENDINGS], ids=[e[0] for e in ENDINGS])
-def test_end_of_the_supervisor_leaves_nothing(when: str, end: Callable[[subprocess.Popen[str]], None]) -> None:
-    marker, names = f"pipeline-{uuid.uuid4()}", shared_names()
-    root = str(Path(__file__).parents[2])
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name("pipeline_script.py")), when],
-        env=os.environ | {"MARKER": marker, "PYTHONPATH": root},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    wanted = "started" if when == "started" else "step 5\n"
-    while wanted not in (line := process.stdout.readline()):
-        assert line, process.communicate()[1]
-    if when == "long-decode":  # the steps end when the rollout worker falls asleep
-        time.sleep(1.0)
-    if when == "started":
-        time.sleep(0.5)  # its children are importing
-    assert len(marked(marker)) >= 4
-    end(process)
-    process.stdout.close()
-    begin = time.monotonic()
-    process.wait(timeout=20)
-    while marked(marker) and time.monotonic() - begin < SECONDS + 5:
-        time.sleep(0.05)
-    assert marked(marker) == []
-    assert time.monotonic() - begin < SECONDS
-    assert shared_names() <= names
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    process.stderr.close()
-    if end is interrupt:
-        assert process.returncode in (-signal.SIGINT, 130)
-        assert errors.count("Traceback") <= 2  # the supervisor's own, none of a worker
-    assert "leaked" not in errors
 
 
 def test_sigterm_handler_is_put_back() -> None:

@@ -13,6 +13,8 @@ from pipeline_fakes import Fake, config, factories, length_of, prompt_of
 
 from asyncopd.pipeline import PipelineStatus, RunResult, run_pipeline
 
+pytestmark = pytest.mark.usefixtures("quick_start")
+
 
 def train(tmp_path: Path, fake: Fake, **changes: Any) -> tuple[RunResult, list[dict[str, Any]]]:
     """Run, and return the result with what the learner noted of each sequence."""
@@ -93,17 +95,19 @@ def test_async_stages_overlap(tmp_path: Path) -> None:
     turn, _ = train(tmp_path, fake, mode="sync", steps=20, max_staleness=4)
     (tmp_path / "log").unlink()
     free, _ = train(tmp_path, fake, mode="async", steps=20, max_staleness=4)
-    assert free.learner_tokens_per_second > 1.3 * turn.learner_tokens_per_second
-    assert free.overlap > 1.2 * turn.overlap
+    assert free.learner_tokens_per_second > 1.2 * turn.learner_tokens_per_second
+    assert free.overlap > 1.1 * turn.overlap
 
 
+@pytest.mark.parametrize("late", ["wait", "refuse"])
 @pytest.mark.parametrize("eta", [0, 1])
-def test_staleness_bound_is_not_a_bound_with_a_straggler(tmp_path: Path, eta: int) -> None:
+def test_staleness_bound_is_not_a_bound_with_a_straggler(tmp_path: Path, eta: int, late: str) -> None:
     """Bug of another implementation. Here one of two workers is 30 times slower."""
     fake = Fake(slow_worker="rollout-1", slow_s=0.015)
-    result, _ = train(tmp_path, fake, steps=12, rollout_workers=2, max_staleness=eta)
+    result, _ = train(tmp_path, fake, steps=12, rollout_workers=2, max_staleness=eta, late=late)
     assert result.steps == 12
     assert result.staleness_max <= eta
+    assert late == "refuse" or result.refused == 0
 
 
 def test_slow_reader_never_sees_a_torn_version(tmp_path: Path) -> None:

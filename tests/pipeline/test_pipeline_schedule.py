@@ -21,6 +21,7 @@ def make(
     eta: int = 1,
     slots: int = 32,
     places: tuple[int, ...] = (100,),
+    wait: bool = True,
 ) -> Scheduler:
     pacing: Pacing = SyncPacing() if mode == "sync" else AsyncPacing(eta)
     scheduler = Scheduler(
@@ -32,6 +33,7 @@ def make(
         num_slots=slots,
         places=places,
         next_prompt=lambda uid: [uid],
+        wait_for_late=wait,
     )
     for worker in range(len(places)):
         scheduler.weights_loaded(worker, 0)
@@ -144,7 +146,7 @@ def test_partial_slots_make_up_a_batch_and_a_slot_is_split() -> None:
 
 
 def test_oldest_slot_trains_first() -> None:
-    scheduler = make(batch=4, per_slot=4, eta=4)
+    scheduler = make(batch=4, per_slot=4, eta=4, wait=False)
     granted(scheduler)
     scheduler.version = 2
     young = hand_in(scheduler, 0, [0, 1, 2, 3], version=2)
@@ -314,9 +316,9 @@ def test_first_in_first_out_nothing_is_ever_refused(eta: int, seed: int) -> None
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("eta", [0, 1, 4])
-@pytest.mark.parametrize("mode", ["sync", "async"])
-def test_every_prompt_is_consumed_once_or_still_outstanding(mode: str, eta: int, seed: int) -> None:
-    scheduler = make(mode=mode, steps=30, eta=eta, slots=100, places=(5, 9, 3))
+@pytest.mark.parametrize(("mode", "wait"), [("sync", True), ("async", True), ("async", False)])
+def test_every_prompt_is_consumed_once_or_still_outstanding(mode: str, wait: bool, eta: int, seed: int) -> None:
+    scheduler = make(mode=mode, steps=30, eta=eta, slots=100, places=(5, 9, 3), wait=wait)
     simulation = Simulation(scheduler, random.Random(seed), 4)
     simulation.run(3)
     uids = simulation.consumed
@@ -326,11 +328,53 @@ def test_every_prompt_is_consumed_once_or_still_outstanding(mode: str, eta: int,
     assert set(range(scheduler._uids)) == set(uids) | again
 
 
+@pytest.mark.parametrize("wait", [True, False])
 @pytest.mark.parametrize("eta", [0, 1, 4])
-def test_staleness_bound_is_not_a_bound_with_a_straggler(eta: int) -> None:
+def test_staleness_bound_is_not_a_bound_with_a_straggler(eta: int, wait: bool) -> None:
     """Bug of another implementation (20 consumed where 1 was allowed). Here it is a bound."""
-    scheduler = make(steps=60, eta=eta, slots=100, places=(8, 8))
+    scheduler = make(steps=60, eta=eta, slots=100, places=(8, 8), wait=wait)
     simulation = Simulation(scheduler, random.Random(0), 4, lazy={1})
     simulation.run(2)
     assert max(simulation.staleness) <= eta
     assert len(set(simulation.consumed)) == 60 * 8
+    if eta:  # else nobody can be late
+        assert (scheduler.refused == 0) == wait
+
+
+def test_learner_waits_for_a_late_sequence_and_takes_it_first() -> None:
+    scheduler = make(batch=4, per_slot=4, eta=1, steps=10)
+    granted(scheduler)  # 0 to 7, from version 0
+    hand_in(scheduler, 0, [0, 1, 2, 3])
+    score_all(scheduler)
+    assert scheduler.batch_to_train() is not None  # 4 to 7 will be 1 step old: allowed
+    scheduler.step_done()
+    scheduler.weights_loaded(0, 1)
+    assert granted(scheduler)[0] == [8, 9, 10, 11]
+    hand_in(scheduler, 0, [8, 9, 10, 11], version=1)  # they overtake
+    score_all(scheduler)
+    assert scheduler.batch_to_train() is None
+    hand_in(scheduler, 0, [4, 5, 6, 7])
+    assert scheduler.batch_to_train() is None  # not scored
+    score_all(scheduler)
+    batch = scheduler.batch_to_train()
+    assert batch is not None
+    assert [info.uid for info in batch.sequences] == [4, 5, 6, 7]
+
+
+def test_batch_is_the_oldest_sequences_wherever_they_lie() -> None:
+    scheduler = make(batch=4, per_slot=4, eta=4, wait=False)
+    granted(scheduler)
+    scheduler.version = 3
+    slots = []
+    for uids, versions in (([0, 1, 2, 3], [1, 2, 1, 2]), ([4, 5, 6, 7], [2, 0, 2, 1])):
+        scheduler.slots_to_fill()
+        slot = scheduler._filling[0]
+        assert slot is not None
+        infos = [SequenceInfo(uid, version, 5, None) for uid, version in zip(uids, versions, strict=True)]
+        scheduler.slot_filled(0, slot, infos)
+        slots.append(slot)
+    score_all(scheduler)
+    batch = scheduler.batch_to_train()
+    assert batch is not None
+    assert sorted(batch.parts) == sorted([(slots[1], [1, 3]), (slots[0], [0, 2])])
+    assert sorted(batch.staleness) == [2, 2, 2, 3]

@@ -1,7 +1,7 @@
 """Log-probabilities at a few ids of each row of logits, and the gradient.
 
-    lp[n, k] = z[n, ids[n, k]] - LSE(z[n]),   z = logits / T
-    dz[n]    = scatter(g[n] at ids[n]) - (sum_k g[n, k]) softmax(z[n]),   dlogits = dz / T
+lp[n, k] = z[n, ids[n, k]] - LSE(z[n]),   z = logits / T
+dz[n]    = scatter(g[n] at ids[n]) - (sum_k g[n, k]) softmax(z[n]),   dlogits = dz / T
 """
 
 import torch

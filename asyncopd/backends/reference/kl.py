@@ -1,7 +1,9 @@
 """Both divergences on [N, K] log-probabilities: value of each row, and coefficients c that are its gradient.
 
-    reverse   R = sum_i w_i p_i A_i,  A_i = log p_i - log q_i,   gradient  sum_i c_i grad log p_i,  c_i = w_i p_i (A_i - b)
-    forward   F = sum_i w_i q_i (log q_i - log p_i),                       c_i = -w_i q_i
+    reverse   R = sum_i w_i p_i A_i,  A_i = log p_i - log q_i      c_i = w_i p_i (A_i - b)
+    forward   F = sum_i w_i q_i (log q_i - log p_i)                c_i = -w_i q_i
+
+The gradient of a row is sum_i c_i grad log p_i.
 
 For truncated supports with a tail the losses are true divergences (P, Q the masses on the support):
     bucket        + P' log(P'/Q'), P' = 1 - P        c_i = p_i (A_i - A')           A' = log P' - log Q'
@@ -107,7 +109,9 @@ def reverse_kl(
 
     value = omega
     if clip_eps is not None or m2_budget is not None:
-        log_ratio = _log_ratio(t.log_p, proximal.to(t.log_p.dtype) if proximal is not None else log_mu)
+        old = log_mu if proximal is None else proximal.to(t.log_p.dtype)
+        assert old is not None
+        log_ratio = _log_ratio(t.log_p, old)
         log_ratio = log_ratio.masked_fill(~t.valid, 0.0)
         low, high = _clip_bounds(clip_eps, m2_budget, log_ratio, centred, t.valid)
         # A loss falls as its advantage -(A - b) is followed; the clip binds where the ratio already went that way.
@@ -206,14 +210,12 @@ def _check_weights(t: _Terms, tail: str, needs_policy: bool) -> None:
             "'bucket' and 'renormalize' are for top-k supports"
         )
     used = t.valid.any(dim=1)
-    one_score = t.valid.shape[1] == 1
-    if needs_policy and bool(used.any()) and (not one_score or bool(certain[used].all())):
-        if bool(certain.any(dim=1)[used].all()):
-            raise ValueError(
-                "correction: needs the behaviour policy, which only M-sample supports carry in their log_weights; "
-                "every row of this support has entries of log-weight 0 (top-k or head + tail). "
-                "If these are samples, say so: Support(..., draw='samples')"
-            )
+    if needs_policy and bool(used.any()) and bool(certain.any(dim=1)[used].all()):
+        raise ValueError(
+            "correction: needs the behaviour policy, which only M-sample supports carry in their log_weights; "
+            "every row of this support has entries of log-weight 0 (top-k or head + tail). "
+            "If these are samples, say so: Support(..., draw='samples')"
+        )
 
 
 def _true_reverse_kl(t: _Terms, tail: str) -> tuple[Tensor, Tensor]:

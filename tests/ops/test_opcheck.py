@@ -1,0 +1,82 @@
+"""torch.library.opcheck of every op: schema, fake kernel, autograd registration, tracing with dynamic shapes."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import asyncopd  # noqa: F401  (registers the ops)
+
+OPS = torch.ops.asyncopd
+N, V, H, K = 4, 13, 3, 5
+
+
+def f32(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+IDS = torch.randint(0, V, (N, K), generator=torch.Generator().manual_seed(0))
+IDS[1, 2] = -1
+MASK = torch.tensor([True, False, True, True])
+LSE = f32(N)
+PLAIN, FULL = (None, None, 1.0, 1.0, None), (f32(V), MASK, 0.7, 1.3, 4.0)
+EXTRACT_PLAIN, EXTRACT_FULL = (None, 1.0, 1.0, None), (f32(V), 0.7, 1.3, 4.0)
+LOGP, LOGQ, LOGW = (f32(N, V).log_softmax(1)[:, :K] for _ in range(3))
+REVERSE = (LOGP, LOGQ, LOGW, IDS)
+NO_CORRECTION = ("current", None, None, None, None, 5.0)
+
+CASES: list[tuple[str, tuple[Any, ...]]] = [
+    ("topk_logprobs", (f32(N, V), K, 0.7)),
+    ("topk_logprobs", (f32(N, V).bfloat16(), 1, 1.0)),
+    ("linear_topk_logprobs", (f32(N, H), f32(V, H), K, *EXTRACT_PLAIN)),
+    ("linear_topk_logprobs", (f32(N, H), f32(V, H), K, *EXTRACT_FULL)),
+    ("gather_logprobs", (f32(N, V), IDS, 0.7)),
+    ("gather_logprobs", (f32(N, V).bfloat16(), IDS.int(), 1.0)),
+    ("gather_logprobs_backward", (f32(N, K), f32(N, V), LSE, IDS, 0.7)),
+    *((name, (f32(N, H), f32(V, H), IDS, *head)) for name in ("linear_gather_logprobs", "linear_gather_logits")
+      for head in (PLAIN, FULL)),
+    *(("linear_gather_logprobs_backward", (f32(N, K), f32(N, H), f32(V, H), LSE, IDS, *h)) for h in (PLAIN, FULL)),
+    *(("linear_gather_logits_backward", (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, *h)) for h in (PLAIN, FULL)),
+    ("linear_logsumexp", (f32(N, H), f32(V, H), *FULL)),
+    ("reverse_kl", (*REVERSE, None, "exact", "drop", "none", True, False, *NO_CORRECTION)),
+    ("reverse_kl", (*REVERSE, MASK, "sampled", "drop", "loo", False, True, "behavior", None, 0.2, None, LOGQ, 5.0)),
+    ("reverse_kl", (*REVERSE, MASK, "exact", "drop", "mean", False, True, "current", None, None, 0.04, None, 5.0)),
+    ("reverse_kl", (LOGP, LOGQ, torch.zeros(N, K), IDS, None, "exact", "bucket", "none", True, False, *NO_CORRECTION)),
+    ("forward_kl", (*REVERSE, MASK, "drop")),
+    ("forward_kl", (LOGP, LOGQ, torch.zeros(N, K), IDS, None, "renormalize")),
+    ("sample_support", (f32(N, V), 4, 2, 3, None, None, 0.7)),
+    ("sample_support", (f32(N, V), 4, 0, 0, torch.arange(N), torch.arange(N), 1.0)),
+]  # fmt: skip
+DIFFERENTIABLE = ("gather_logprobs", "linear_gather_logprobs", "linear_gather_logits", "reverse_kl", "forward_kl")
+
+
+def with_gradients(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:
+    """The first `count` tensors as leaves that need gradients."""
+    return tuple(
+        a.clone().requires_grad_() if i < count and isinstance(a, torch.Tensor) else a for i, a in enumerate(args)
+    )
+
+
+@pytest.mark.parametrize(("name", "args"), CASES, ids=lambda x: x if isinstance(x, str) else "")
+def test_opcheck(name: str, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASYNCOPD_BACKEND", "reference")
+    op = getattr(OPS, name).default
+    if name in DIFFERENTIABLE:
+        args = with_gradients(args, 2 if name.startswith("linear") else 1)
+    opcheck(op, args)
+
+
+def test_every_op_of_the_library_is_checked() -> None:
+    # The dispatcher's own list: an op that somebody adds needs a case above.
+    registered = {
+        schema.name.split("::")[1] for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("asyncopd::")
+    }
+    assert registered == {name for name, _ in CASES}
+
+
+@pytest.mark.ops("gather_logprobs")
+def test_gather_on_every_backend(engine: str) -> None:
+    for name, args in CASES:
+        if name == "gather_logprobs":
+            opcheck(OPS.gather_logprobs.default, args, test_utils=("test_schema", "test_faketensor"))
