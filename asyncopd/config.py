@@ -62,7 +62,7 @@ class LossConfig(_Section):
 class OptimizerConfig(_Section):
     """AdamW, linear warm-up, cosine decay."""
 
-    lr: float = Field(2e-3, gt=0, description="peak learning rate")
+    lr: float = Field(3e-3, gt=0, description="peak learning rate")
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")

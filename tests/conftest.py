@@ -77,6 +77,12 @@ def _force(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("ASYNCOPD_BACKEND", name)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    """Tensors here are small: a second thread would only be waited for. Tests of threads choose their own number."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     _force(request.param, monkeypatch)

@@ -76,12 +76,16 @@ def evaluate(
     problems: Annotated[int, typer.Option(min=1, help="Held-out problems to answer.")] = 500,
     temperature: Annotated[float, typer.Option(min=1e-3, help="Sampling temperature.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    threads: Annotated[int, typer.Option(min=1, help="Small models decode fastest on one.")] = 1,
 ) -> None:
     """Accuracy of a model on held-out problems of the embedded task, sampled."""
+    import torch
+
     from asyncopd.evaluate import evaluate as score
     from asyncopd.task import RailwayTask, load_student, load_teacher
     from asyncopd.train import load_model
 
+    torch.set_num_threads(threads)
     embedded = {"teacher": load_teacher, "student": load_student}
     loaded = embedded[model]() if model in embedded else load_model(Path(model), load_student)
     accuracy = score(loaded, RailwayTask(), problems=problems, temperature=temperature, seed=seed)

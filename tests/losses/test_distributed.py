@@ -21,7 +21,10 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", distributed_worker.CASES)
-def test_gradients_of_both_ranks_together(results: list[dict[str, Any]], case: str) -> None:
+def test_gradients_of_both_ranks_together(
+    results: list[dict[str, Any]], case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ASYNCOPD_BACKEND", "reference")
     expected = distributed_worker.expected()
     for rank, by_case in enumerate(results):
         got = by_case[case]
@@ -32,6 +35,6 @@ def test_gradients_of_both_ranks_together(results: list[dict[str, Any]], case: s
             continue
         for name, gradient in got.items():
             # fp32, summed in another order.
-            close = torch.isclose(gradient, expected[name], rtol=1e-4, atol=1e-5)
-            assert close.all(), f"rank {rank}: gradient of {name} is {gradient}, expected {expected[name]}"
+            error = float((gradient - expected[name]).abs().max())
+            assert error < 1e-5, f"rank {rank}: gradient of {name} is off by {error:.1e}"
         assert "lm_head.weight" in got

@@ -96,6 +96,28 @@ def test_infinite_signals_have_no_coefficient(backend: Backend, rng: torch.Gener
     backend.close(student.grad, coef)
 
 
+def test_a_probability_that_underflows_where_the_teacher_has_none(backend: Backend) -> None:
+    # p = e^-2000 is 0 in any dtype: 0 log(0 / 0) is 0, on both sides.
+    sup = Support(torch.tensor([[0, 1]]), *(backend.tensor(torch.tensor([[-0.5, x]])) for x in (-INF, 0.0)))
+    student = backend.tensor(torch.tensor([[-0.25, -2000.0]])).requires_grad_()
+    rows = reverse_kl(student, sup, reduction="none")
+    rows.sum().backward()
+    assert rows.isfinite().all()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert student.grad[0, 1] == 0
+
+
+def test_a_nan_row_that_counts_is_not_hidden(backend: Backend, rng: torch.Generator) -> None:
+    s = scene(rng)
+    sup = full_support(backend.tensor(s.log_q))
+    student = backend.tensor(s.log_p).clone()
+    student[3] = float("nan")
+    for loss in (reverse_kl, forward_kl):
+        rows = loss(student, sup, reduction="none")
+        assert rows.isnan().tolist() == [False, False, False, True, False]
+
+
 def test_forward_kl_of_a_token_the_student_cannot_write(backend: Backend, rng: torch.Generator) -> None:
     s = scene(rng)
     log_p = s.log_p.clone()

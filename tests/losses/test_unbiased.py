@@ -26,7 +26,9 @@ def outcomes(log_mu: Tensor, m: int, head: int = 0) -> tuple[Tensor, Tensor, Ten
     ids, log_w, prob = [], [], []
     for drawn in itertools.product(rest, repeat=m):
         ids.append([*top.tolist(), *drawn])
-        log_w.append([0.0] * head + [math.log(mass / m) - float(log_mu[token]) for token in drawn])
+        # An exact 0 where the weight is 1: rounding must not decide what looks certain.
+        tail = [math.log(mass / m) - float(log_mu[token]) for token in drawn]
+        log_w.append([0.0] * head + [0.0 if abs(w) < 1e-14 else w for w in tail])
         prob.append(math.prod(math.exp(log_mu[token]) / mass for token in drawn))
     assert math.isclose(sum(prob), 1.0)
     return torch.tensor(ids), torch.tensor(log_w, dtype=torch.float64), torch.tensor(prob, dtype=torch.float64)
@@ -51,6 +53,19 @@ def expectation(s: Scene, loss: Any, m: int, head: int = 0, policy: Tensor | Non
 def test_reverse_kl_is_unbiased(rng: torch.Generator, m: int, head: int, stale: bool, baseline: Any) -> None:
     s = scene(rng, rows=1, vocab=6, stale=stale)
     value, gradient = expectation(s, lambda *a, **k: reverse_kl(*a, baseline=baseline, **k), m, head)
+    torch.testing.assert_close(value, dense_reverse(s.log_p, s.log_q)[0], **CLOSE)
+    torch.testing.assert_close(gradient, reverse_gradient(s.log_p, s.log_q)[0], **CLOSE)
+
+
+@pytest.mark.parametrize("policy", ["behaviour", "teacher"])
+@pytest.mark.parametrize("m", [2, 3])
+def test_leave_one_out_counts_draws_of_weight_one(rng: torch.Generator, m: int, policy: str) -> None:
+    """mu = 1 / M gives log w = 0, as a head entry has; the support says that they are draws all the same."""
+    s = scene(rng, rows=1, vocab=m)
+    flat = torch.full((1, m), -math.log(m), dtype=torch.float64)
+    s = Scene(s.log_p, s.log_q if policy == "behaviour" else flat, flat)
+    drawn_from = None if policy == "behaviour" else s.log_q
+    value, gradient = expectation(s, lambda *a, **k: reverse_kl(*a, baseline="loo", **k), m, policy=drawn_from)
     torch.testing.assert_close(value, dense_reverse(s.log_p, s.log_q)[0], **CLOSE)
     torch.testing.assert_close(gradient, reverse_gradient(s.log_p, s.log_q)[0], **CLOSE)
 

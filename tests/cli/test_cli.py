@@ -1,0 +1,153 @@
+"""The command: its output, its errors, and that a user error is one line and no traceback."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
+from asyncopd.cli import display
+from asyncopd.cli.app import app
+from asyncopd.cli.report import BEGIN, END, insert_markdown, load_summary, markdown, summary_table
+from asyncopd.config import ConfigError, load_config
+from asyncopd.pipeline import PipelineStatus
+from asyncopd.train import Summary
+
+SMALL = [
+    *("--set", "schedule.steps=2"),
+    *("--set", "schedule.batch_size=4"),
+    *("--set", "schedule.sequences_per_slot=2"),
+    *("--set", "engine.max_response_tokens=8"),
+    *("--set", "eval.problems=8"),
+]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "asyncopd", *arguments], capture_output=True, text=True, timeout=110)
+
+
+def make_summary(mode: str, throughput: float) -> Summary:
+    stages = {"rollout": 3.0, "teacher": 2.0, "learner": 1.0}
+    return Summary(
+        mode=mode,
+        steps=9,
+        accuracy_before=0.25,
+        accuracy_after=0.9,
+        accuracy_teacher=0.97,
+        accuracy_standard_error=0.01,
+        learner_tokens_per_second=throughput,
+        stage_tokens_per_second=stages,
+        stage_busy_seconds=stages,
+        overlap=1.5,
+        staleness_mean=0.5,
+        staleness_max=2,
+        max_staleness=4,
+        refused=0,
+        cache_bytes_per_token=776,
+        consumed_tokens=1000,
+        wall_seconds=60.0,
+        backends={"reverse_kl": "reference"},
+        torch_version="2",
+        threads_per_worker=1,
+    )
+
+
+def test_demo_runs_both_modes_and_prints_them_side_by_side(tmp_path: Path) -> None:
+    done = run("demo", "--root", str(tmp_path), *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert "learner throughput against sync" in done.stdout
+    for mode in ("sync", "async"):
+        assert json.loads((tmp_path / f"demo-{mode}" / "summary.json").read_text())["mode"] == mode
+        assert f"[{mode}] step 2/2" in done.stdout
+    again = run("report", str(tmp_path / "demo-sync"), str(tmp_path / "demo-async"))
+    assert "held-out accuracy after" in again.stdout
+
+
+def test_train_refuses_to_overwrite_and_bad_settings_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text("{}")
+    taken = run("train", "--set", f"run_dir={tmp_path}")
+    assert taken.returncode == 2
+    assert taken.stderr.splitlines() == [
+        f"error: run_dir: {tmp_path} already holds summary.json; choose another or pass --overwrite"
+    ]
+    wrong = run("train", "--set", "optimizer.learning_rate=1")
+    assert wrong.returncode == 2
+    assert "unknown key; did you mean 'optimizer." in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_doctor_says_what_works_and_why_not() -> None:
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    for word in ("reference", "triton", "cuda", "gather_logprobs", "shared memory", "transformers"):
+        assert word in result.output
+    assert "no: " in result.output
+
+
+def test_eval_prints_accuracy_with_its_error() -> None:
+    result = CliRunner().invoke(app, ["eval", "student", "--problems", "20"])
+    assert result.exit_code == 0, result.output
+    assert "of 20 held-out problems right" in result.output.replace("\n", " ")
+
+
+def test_version() -> None:
+    assert CliRunner().invoke(app, ["version"]).output.strip() == "0.1.0"
+
+
+def test_teacher_and_student_can_be_made(tmp_path: Path) -> None:
+    for command in ("train-teacher", "warm-up-student"):
+        result = CliRunner().invoke(app, [command, str(tmp_path / command), "--steps", "2"])
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / command / "model.safetensors").is_file()
+
+
+def test_report_is_written_between_its_markers(tmp_path: Path) -> None:
+    summaries = [make_summary("sync", 1000.0), make_summary("async", 1600.0)]
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    insert_markdown(page, summaries)
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "| learner throughput against sync | 1 | 1.60x |" in text
+    page.write_text("nothing")
+    with pytest.raises(ConfigError, match="has no lines"):
+        insert_markdown(page, summaries)
+    assert "against sync" not in markdown(summaries[:1])
+    console = Console(record=True, width=120)
+    console.print(summary_table(summaries))
+    assert "1.60x" in console.export_text()
+
+
+def test_summary_of_another_version_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="has the run finished"):
+        load_summary(tmp_path)
+    values = dataclasses.asdict(make_summary("sync", 1.0))
+    (tmp_path / "summary.json").write_text(json.dumps(values))
+    assert load_summary(tmp_path) == make_summary("sync", 1.0)
+    (tmp_path / "summary.json").write_text(json.dumps({**values, "more": 1}))
+    with pytest.raises(ConfigError, match="more"):
+        load_summary(tmp_path)
+
+
+def test_live_display_shows_stages_staleness_and_loss() -> None:
+    console = Console(force_terminal=True, width=120, record=True)
+    with display.training_display(console, load_config()) as shown:
+        shown.say("hello")
+        shown.on_step(
+            {"step": 3, "elapsed_s": 2.0, "loss": 0.5, "rollout/accuracy": 0.25, "sample/staleness_mean": 1.0}
+        )
+        stages = {"rollout": 300, "teacher": 200, "learner": 100}
+        busy = {"rollout": 2.0, "teacher": 1.0, "learner": 1.5}
+        shown.on_tick(PipelineStatus(3, 9, 2.0, stages, busy, {}, 4, 2, 0))
+        assert shown.live is not None
+        console.print(shown.live.renderable)
+    text = console.export_text()
+    assert "hello" in text
+    for word in ("rollout", "teacher", "learner", "150", "loss 0.5000", "max 2 of 4", "25 %"):
+        assert word in text
