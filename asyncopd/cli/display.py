@@ -7,6 +7,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from asyncopd.config import TrainConfig
 from asyncopd.pipeline import PipelineStatus
@@ -49,7 +50,7 @@ class TrainingDisplay:
     def on_tick(self, status: PipelineStatus) -> None:
         self._status = status
         if self.live is not None:
-            self.live.update(Group(self.progress, self._table(status)))
+            self.live.update(Group(self.progress, self._table(status), self._figures(status)))
 
     def _line(self) -> str:
         parts = [
@@ -70,14 +71,15 @@ class TrainingDisplay:
         for stage, tokens in status.stage_tokens.items():
             busy = status.stage_busy_s[stage] / max(status.elapsed_s, 1e-9)
             table.add_row(stage, f"{rates[stage]:,.0f}", f"{100 * busy:.0f} %", f"{tokens:,}")
+        return table
+
+    def _figures(self, status: PipelineStatus) -> Text:
         loss, right = self._smooth.get("loss", 0.0), 100 * self._smooth.get("rollout/accuracy", 0.0)
         mean = self._smooth.get("sample/staleness_mean", 0.0)
-        table.caption = (
+        return Text(
             f"loss {loss:.4f} · rollout accuracy {right:.0f} % · staleness mean {mean:.1f}, "
             f"max {status.staleness_max} of {self.max_staleness} · refused {status.refused}"
         )
-        table.caption_justify = "left"
-        return table
 
 
 def tokens_per_second(status: PipelineStatus) -> dict[str, float]:
