@@ -95,7 +95,7 @@ class TrainConfig(_Section):
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
-    schedule: ScheduleConfig = ScheduleConfig(steps=300, batch_size=64, sequences_per_slot=32)
+    schedule: ScheduleConfig = ScheduleConfig(steps=400, batch_size=64, sequences_per_slot=32)
     eval: EvalConfig = EvalConfig()
 
     @model_validator(mode="after")

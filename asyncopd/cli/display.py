@@ -35,7 +35,7 @@ class TrainingDisplay:
         self._status: PipelineStatus | None = None
 
     def say(self, message: str) -> None:
-        self.console.print(f"[{self.mode}] {message}", markup=False, highlight=False)
+        self.console.print(f"[{self.mode}] {message}", markup=False, highlight=False, soft_wrap=True)
 
     def on_step(self, metrics: dict[str, float]) -> None:
         for name in ("loss", "rollout/accuracy", "sample/staleness_mean"):

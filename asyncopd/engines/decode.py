@@ -121,9 +121,14 @@ class Decoder:
         return self._collect(n)
 
     def _fill_places(self) -> None:
-        """Start waiting prompts, several at a time: a forward costs much the same for one as for eight."""
+        """Start waiting prompts, an eighth of the places at a time: a forward costs much the same for one as for eight.
+
+        Fewer are started once a quarter of the places is empty, so none waits for company that may not come.
+        """
         free = self.places - len(self._requests)
-        if not self._waiting or free < min(max(1, self.places // 8), len(self._waiting)):
+        if free == 0 or not self._waiting:
+            return
+        if len(self._waiting) < self.places // 8 and free < self.places // 4:
             return
         first = len(self._requests)
         requests = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]

@@ -118,6 +118,20 @@ def test_a_nan_row_that_counts_is_not_hidden(backend: Backend, rng: torch.Genera
         assert rows.isnan().tolist() == [False, False, False, True, False]
 
 
+@pytest.mark.parametrize("loss", [reverse_kl, forward_kl])
+def test_a_nan_row_that_its_caller_drops_gets_no_gradient(backend: Backend, rng: torch.Generator, loss: Any) -> None:
+    s = scene(rng)
+    log_q = s.log_q.clone()
+    log_q[2, 5] = float("nan")
+    student = backend.tensor(s.log_p).clone()
+    student[3] = float("nan")
+    student.requires_grad_()
+    loss(student, full_support(backend.tensor(log_q)), reduction="none")[[0, 1, 4]].sum().backward()
+    assert student.grad is not None
+    assert student.grad.isfinite().all()
+    assert (student.grad[[2, 3]] == 0).all()
+
+
 def test_forward_kl_of_a_token_the_student_cannot_write(backend: Backend, rng: torch.Generator) -> None:
     s = scene(rng)
     log_p = s.log_p.clone()
@@ -127,6 +141,7 @@ def test_forward_kl_of_a_token_the_student_cannot_write(backend: Backend, rng: t
         assert values[2] == INF
         assert values[[0, 1, 3, 4]].isfinite().all()
         assert gradient.isfinite().all()
+        assert gradient[2, 6] == 0
 
 
 def test_forward_kl_of_a_token_the_teacher_cannot_write(backend: Backend, rng: torch.Generator) -> None:

@@ -47,6 +47,15 @@ def test_a_tail_on_a_sampled_support(sup: Support, tail: Any) -> None:
             linear(HIDDEN, WEIGHT, sup, tail=tail)
 
 
+@pytest.mark.parametrize("draw", ["samples", "head_tail", "teacher_samples"])
+def test_a_tail_on_a_support_that_says_it_was_sampled(draw: Any) -> None:
+    # Whatever its weights look like.
+    sup = Support(IDS, LOGQ, torch.zeros(N, K), draw)
+    for loss in (reverse_kl, forward_kl):
+        with pytest.raises(ValueError, match=rf"tail: got 'bucket' with a sampled support \({draw}\)"):
+            loss(STUDENT, sup, tail="bucket")
+
+
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: str(c)[:60])
 @pytest.mark.parametrize("sup", [TOP_K, HEAD_TAIL, TEACHER_SAMPLES, UNTOLD_TOP_K, UNTOLD_HEAD_TAIL])
 def test_a_correction_where_mu_is_not_in_the_weights(sup: Support, correction: Correction) -> None:

@@ -9,6 +9,7 @@ from scenes import scene, support
 from torch import Tensor
 
 from asyncopd import Support, forward_kl, linear_forward_kl, linear_reverse_kl, reverse_kl
+from asyncopd.losses.reduce import reduce_rows
 
 LINEAR = ("linear_gather_logprobs", "linear_gather_logprobs_backward", "linear_gather_logits",
           "linear_gather_logits_backward", "linear_logsumexp")  # fmt: skip
@@ -116,6 +117,16 @@ def test_rows_of_nothing_but_pads(backend: Backend, loss: Any, options: dict[str
     for leaf in (hidden, weight):
         assert leaf.grad is not None
         assert (leaf.grad == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_masked_row_losses_may_be_nan(reduction: str) -> None:
+    rows = torch.tensor([float("nan"), 2.0, float("inf")]).requires_grad_()
+    value = reduce_rows(rows, torch.tensor([False, True, False]), reduction, None)
+    value.sum().backward()
+    assert value.sum() == 2
+    assert rows.grad is not None
+    assert rows.grad.tolist() == [0, 1, 0]
 
 
 def test_rows_of_pads_count_in_the_mean_as_any_other(backend: Backend, rng: torch.Generator) -> None:

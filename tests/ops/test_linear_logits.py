@@ -76,6 +76,28 @@ def test_masked_rows_may_hold_anything(backend: Backend, rng: torch.Generator) -
         assert leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("op", ["linear_gather_logits", "linear_gather_logprobs"])
+def test_masked_rows_that_are_not_compacted(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
+    """On a device the reference keeps masked rows where they are, since their number would have to be read back."""
+    from asyncopd.backends.reference import linear
+
+    hidden, weight, bias, ids, mask = head(Backend("reference", torch.float64), rng)
+    hidden[~mask] = float("nan")
+    upstream = torch.randn(ids.shape, generator=rng, dtype=torch.float64)
+
+    def run() -> list[Tensor]:
+        leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias)]
+        out = getattr(OPS, op)(leaves[0], leaves[1], ids, leaves[2], mask, 0.8, 1.2, 3.0)
+        out = out[0] if isinstance(out, tuple) else out
+        out.backward(upstream)
+        return [out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)]
+
+    compacted = run()
+    monkeypatch.setattr(linear, "_valid_rows", lambda mask, num_rows, device: torch.arange(num_rows))
+    for a, b in zip(run(), compacted, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("bad", [-2, 17])
 def test_ids_out_of_range_are_refused_by_name(backend: Backend, rng: torch.Generator, bad: int) -> None:
     hidden, weight, bias, ids, _ = head(backend, rng)

@@ -7,6 +7,7 @@ import torch
 from conftest import Backend
 
 from asyncopd import sample_support
+from asyncopd.backends.reference.philox import uniforms
 
 pytestmark = pytest.mark.ops("sample_support")
 INF = float("inf")
@@ -119,16 +120,28 @@ def test_impossible_tokens_are_never_drawn(engine: str) -> None:
 
 
 def test_the_tail_of_a_large_vocabulary_is_not_lost(engine: str) -> None:
-    # 2^17 + 500 tokens after one that has half of the mass: an fp32 running sum stops seeing terms of 2^-19.
-    v = 2**17 + 501
+    # One token has 98 %, 2^20 others share the rest: an fp32 running sum that starts at 0.98 never sees terms of 2e-8.
+    v = 2**20 + 1
     z = torch.zeros(1, v)
-    z[0, 0] = math.log(v - 1)
-    ids = sample_support(z.expand(4, v), num_samples=20_000, seed=1).ids.flatten()
-    n = ids.numel()
-    slices = torch.histc(ids[ids > 0].double(), 8, 1, v - 1)
+    z[0, 0] = math.log(49 * (v - 1))
+    ids = sample_support(z, num_samples=100_000, seed=1).ids.flatten()
+    n, tail = ids.numel(), ids[ids > 0]
     # Four standard deviations of a binomial.
-    assert abs(int((ids == 0).sum()) - n / 2) < 4 * math.sqrt(n / 4)
-    assert ((slices - n / 16).abs() < 4 * math.sqrt(n / 16)).all()
+    assert abs(tail.numel() - 0.02 * n) < 4 * math.sqrt(0.02 * n)
+    slices = torch.histc(tail.double(), 8, 1, v - 1)
+    assert ((slices - 0.0025 * n).abs() < 4 * math.sqrt(0.0025 * n)).all()
+
+
+def test_the_reference_inverts_the_exact_distribution_function() -> None:
+    # The same tail: a distribution function rounded to fp32 would be off by three tokens.
+    v = 2**20 + 1
+    z = torch.zeros(1, v)
+    z[0, 0] = math.log(49 * (v - 1))
+    ids = sample_support(z.double(), num_samples=20_000, seed=1).ids[0]
+    u = uniforms(torch.tensor([1]), torch.tensor([0]), 20_000)[0]
+    p_first = float(z.double().softmax(1)[0, 0])
+    expected = torch.where(u < p_first, 0, 1 + ((u - p_first) / (1 - p_first) * (v - 1)).floor())
+    assert ((ids - expected).abs() <= 1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

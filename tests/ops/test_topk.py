@@ -42,11 +42,10 @@ def test_ties_go_to_the_smaller_id(backend: Backend, rng: torch.Generator) -> No
 
 
 def test_temperature_does_not_reorder_near_ties(engine: str) -> None:
-    # Divided by 3 in fp32 the two neighbours become equal; the order is that of the logits as they came.
-    low = torch.tensor(1.0)
-    logits = torch.stack([low, torch.nextafter(low, torch.tensor(2.0))])[None]
-    for temperature in (3.0, 7.0, 11.0, 13.0):
-        assert topk_logprobs(logits, 2, temperature=temperature).ids.tolist() == [[1, 0]]
+    # 64 neighbours just below 2, ascending: divided by 1.9 in fp32 many become equal. The order is that of the logits.
+    ascending = torch.tensor([2.0 - 2.0**-23 * (64 - i) for i in range(64)])
+    assert (ascending / 1.9).unique().numel() < 64
+    assert topk_logprobs(ascending[None], 64, temperature=1.9).ids[0].tolist() == list(range(63, -1, -1))
 
 
 def test_all_tokens_are_a_distribution(backend: Backend, rng: torch.Generator) -> None:
