@@ -5,39 +5,11 @@ engine with a dtype and tolerances. A test names the ops it needs with `@pytest.
 of them does not get the test.
 """
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from torch import Tensor
+from each_backend import Backend
 
 from asyncopd import backends
-
-DEVICES = {"triton": "cuda", "cuda": "cuda"}
-# fp64: rounding of a few hundred terms. fp32: the same, 2^29 times larger, seen through one exp and one log.
-TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (3e-5, 3e-6)}
-
-
-@dataclass(frozen=True)
-class Backend:
-    """An engine, and the dtype that a test's log-probabilities have on it."""
-
-    name: str
-    dtype: torch.dtype
-
-    @property
-    def device(self) -> str:
-        return DEVICES.get(self.name, "cpu")
-
-    def tensor(self, values: Tensor) -> Tensor:
-        """Float values in this backend's dtype, ids as they are, on its device."""
-        return values.to(self.device, self.dtype) if values.is_floating_point() else values.to(self.device)
-
-    def close(self, actual: Tensor, expected: Tensor) -> None:
-        """Fail unless `actual` has this backend's dtype and is within its rounding of `expected` (fp64)."""
-        assert actual.dtype == self.dtype
-        rtol, atol = TOLERANCES[self.dtype]
-        torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), rtol=rtol, atol=atol, equal_nan=True)
 
 
 def _runs(name: str) -> bool:

@@ -67,7 +67,7 @@ def train(config: ConfigFile = None, set_: Settings = None, overwrite: Overwrite
     with training_display(console, resolved) as display:
         summary = run(resolved, overwrite=overwrite, say=display.say, on_step=display.on_step, on_tick=display.on_tick)
     console.print(summary_table([summary]))
-    console.print(f"run directory: {resolved.run_dir}")
+    console.print(f"run directory: {resolved.run_dir}", soft_wrap=True)
 
 
 @app.command(name="eval")
@@ -89,7 +89,7 @@ def evaluate(
     embedded = {"teacher": load_teacher, "student": load_student}
     loaded = embedded[model]() if model in embedded else load_model(Path(model), load_student)
     accuracy = score(loaded, RailwayTask(), problems=problems, temperature=temperature, seed=seed)
-    console.print(f"{model}: {accuracy} of {problems} held-out problems right at temperature {temperature:g}")
+    console.print(f"{model}: {accuracy} of {problems} held-out problems right at temperature {temperature:g}", soft_wrap=True)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EOS, VOCAB, drain, make_decoder, make_model, reference_logprobs, requests
+from tiny_models import EOS, VOCAB, drain, make_decoder, make_model, reference_logprobs, requests
 from transformers import PreTrainedModel
 
 from asyncopd.engines.draw import check_draw, token_streams

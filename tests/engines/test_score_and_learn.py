@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import drain, fill_slot, make_decoder, make_model, reference_logprobs, requests
+from tiny_models import drain, fill_slot, make_decoder, make_model, reference_logprobs, requests
 from transformers import PreTrainedModel
 
 from asyncopd.engines.learn import LossOptions, OpdLearner, OptimizerOptions

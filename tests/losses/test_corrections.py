@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 from oracle import Options, reverse_row, rows_of
 from scenes import Scene, scene, support, with_pads
 from torch import Tensor

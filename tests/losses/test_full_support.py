@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 from oracle import dense_forward, dense_logits, dense_reverse
 from scenes import full_support
 from torch import Tensor

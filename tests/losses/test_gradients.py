@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 from oracle import Options, dz_of, forward_row, reverse_row, rows_of
 from scenes import DRAWS, Scene, full_support, scene, support
 from torch import Tensor

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 from oracle import Options, reverse_row, rows_of
 from scenes import full_support, scene
 from torch import Tensor
@@ -98,7 +98,8 @@ def test_infinite_signals_have_no_coefficient(backend: Backend, rng: torch.Gener
 
 def test_a_probability_that_underflows_where_the_teacher_has_none(backend: Backend) -> None:
     # p = e^-2000 is 0 in any dtype: 0 log(0 / 0) is 0, on both sides.
-    sup = Support(torch.tensor([[0, 1]]), *(backend.tensor(torch.tensor([[-0.5, x]])) for x in (-INF, 0.0)))
+    teacher, weights = (backend.tensor(torch.tensor([[-0.5, x]])) for x in (-INF, 0.0))
+    sup = Support(torch.tensor([[0, 1]]), teacher, weights)
     student = backend.tensor(torch.tensor([[-0.25, -2000.0]])).requires_grad_()
     rows = reverse_kl(student, sup, reduction="none")
     rows.sum().backward()

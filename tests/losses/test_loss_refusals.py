@@ -66,6 +66,12 @@ def test_a_correction_where_mu_is_not_in_the_weights(sup: Support, correction: C
             linear_reverse_kl(HIDDEN, WEIGHT, sup, correction=correction)
 
 
+def test_a_masked_row_does_not_hide_a_support_without_mu() -> None:
+    mask = torch.tensor([True, False, True])
+    with pytest.raises(ValueError, match=r"correction: needs the behaviour policy"):
+        reverse_kl(STUDENT, UNTOLD_HEAD_TAIL, mask=mask, correction=Correction(clip_eps=0.2))
+
+
 @pytest.mark.parametrize("correction", CORRECTIONS, ids=lambda c: str(c)[:60])
 def test_corrections_of_m_samples_are_taken(correction: Correction) -> None:
     for sup in (SAMPLES, UNTOLD_SAMPLES):

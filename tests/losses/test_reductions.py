@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 from scenes import scene, support
 from torch import Tensor
 

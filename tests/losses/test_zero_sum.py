@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 from scenes import DRAWS, full_support, scene, support
 
 from asyncopd import Correction, Support, forward_kl, gather_logprobs, linear_forward_kl, linear_reverse_kl, reverse_kl

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 
 from asyncopd import gather_logprobs
 from asyncopd.backends.reference import rows

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 from torch import Tensor
 
 from asyncopd import linear_gather_logprobs
@@ -42,7 +42,7 @@ def test_values_and_gradients(backend: Backend, rng: torch.Generator, with_bias:
     hidden, weight, bias, ids = head(rng, 9, 6, 31, 4)
     given = [backend.tensor(t).requires_grad_() for t in (hidden, weight, bias)]
     upstream = backend.tensor(torch.randn(ids.shape, generator=rng, dtype=torch.float64))
-    out = linear_gather_logprobs(*given[:2], ids, bias=given[2] if with_bias else None, **scalars)
+    out = linear_gather_logprobs(given[0], given[1], ids, bias=given[2] if with_bias else None, **scalars)
     out.backward(upstream)
     oracle = [t.detach().double().requires_grad_() for t in given]
     expected = dense(oracle[0], oracle[1], ids, oracle[2] if with_bias else None, scalars)

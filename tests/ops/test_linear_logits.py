@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 from torch import Tensor
 
 import asyncopd  # noqa: F401  (registers the ops)

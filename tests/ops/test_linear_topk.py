@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 
 from asyncopd import linear_topk_logprobs, topk_logprobs
 from asyncopd.backends.reference import rows

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 
 from asyncopd import sample_support
 from asyncopd.backends.reference.philox import uniforms

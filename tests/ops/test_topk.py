@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Backend
+from each_backend import Backend
 from torch import Tensor
 
 from asyncopd import topk_logprobs
