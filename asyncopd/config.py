@@ -8,7 +8,7 @@ import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -24,7 +24,7 @@ class ConfigError(ValueError):
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Section):
@@ -55,6 +55,9 @@ class LossConfig(_Section):
     def correction(self) -> Correction | None:
         """None unless one was asked for."""
         options = {name: getattr(self, name) for name in ("ratio_cap", "clip_eps", "m2_budget", "advantage")}
+        chosen = [f"loss.{name}" for name in ("ratio_cap", "clip_eps", "m2_budget") if options[name] is not None]
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen)}: got both, expected at most one correction")
         correction = Correction(**options)
         return None if correction == Correction() else correction
 
@@ -63,7 +66,7 @@ class OptimizerConfig(_Section):
     """AdamW, linear warm-up, cosine decay."""
 
     lr: float = Field(3e-3, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.99)
     weight_decay: float = Field(0.0, ge=0)
     grad_clip: float = Field(1.0, gt=0, description="largest gradient norm")
     warmup_steps: int = Field(10, ge=0)
@@ -79,15 +82,15 @@ class EngineConfig(_Section):
 
 
 class EvalConfig(_Section):
-    problems: int = Field(500, ge=1, description="held-out problems, each answered once at temperature 1")
-    places: int = Field(128, ge=1, description="problems answered at once")
+    answers: int = Field(604, ge=2, description="sampled at temperature 1, going round the held-out problems")
+    places: int = Field(128, ge=1, description="sequences decoded at once")
 
 
 class TrainConfig(_Section):
     """Everything that a run depends on; written to the run directory as it was resolved."""
 
     run_dir: Path = Field(Path("runs/train"), description="where the checkpoint, metrics and summary go")
-    seed: int = Field(0, ge=0, lt=1 << 14, description="of the warm-up, the problems and every draw")
+    seed: int = Field(0, ge=0, lt=1 << 14, description="of the order of the problems and of every draw in the run")
     task: Literal["railway"] = Field("railway", description="the prompts, and the check of an answer")
     student: ModelConfig = ModelConfig()
     teacher: ModelConfig = ModelConfig()
@@ -106,6 +109,12 @@ class TrainConfig(_Section):
             raise ValueError(f"loss.tail: got {self.loss.tail!r} with draw {self.draw.name!r}, expected 'drop'")
         if self.loss.tail != "drop" and self.loss.kind == "reverse_kl" and self.loss.baseline != "none":
             raise ValueError(f"loss.baseline: got {self.loss.baseline!r} with a tail, expected 'none'")
+        if self.loss.normalize == "sampled" and (top_k or self.loss.kind == "forward_kl"):
+            raise ValueError(
+                f"loss.normalize: got 'sampled' with {self.loss.kind} on draw {self.draw.name!r}, expected 'exact'"
+            )
+        if self.loss.baseline == "loo" and self.loss.kind == "forward_kl":
+            raise ValueError("loss.baseline: got 'loo' with forward_kl, which has no baseline")
         if self.loss.baseline == "loo" and top_k:
             raise ValueError("loss.baseline: got 'loo' with a top-k draw, expected 'none' or 'mean'")
         corrects = self.draw.name in ("samples", "token") and self.loss.kind == "reverse_kl"
@@ -125,9 +134,11 @@ def load_config(path: Path | None = None, settings: Iterable[str] = (), **overri
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            loaded = yaml.safe_load(path.read_text())
+            loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{path}: not a UTF-8 text: {error.reason}") from None
         except yaml.YAMLError as error:
             raise ConfigError(f"{path}: not valid YAML: {error}") from None
         if loaded is not None and not isinstance(loaded, dict):
@@ -158,8 +169,8 @@ def dump_config(config: TrainConfig) -> str:
 
 def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
+        if isinstance(into.get(key), dict) and isinstance(value, dict | None):
+            _merge(into[key], value or {})  # a section whose keys are all commented out is None
         else:
             into[key] = value
 
@@ -167,7 +178,9 @@ def _merge(into: dict[str, Any], values: dict[str, Any]) -> None:
 def _assign(values: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, last = dotted.split(".")
     for depth, section in enumerate(sections):
-        values = values.setdefault(section, {})
+        if values.get(section) is None:
+            values[section] = {}
+        values = values[section]
         if not isinstance(values, dict):
             raise ConfigError(f"{dotted}: {'.'.join(sections[: depth + 1])} is a value, not a section")
     values[last] = value
@@ -179,9 +192,12 @@ def _explain(error: Any) -> str:
     key = ".".join(location)
     if error["type"] == "extra_forbidden":
         nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
+        if nearest[0] == key:  # written with dots inside a file
+            return f"{key}: unknown key; write {location[-1].split('.')[-1]!r} inside its section"
         return f"{key}: unknown key; did you mean {nearest[0]!r}?"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message}, got {error['input']!r}" if key and "got" not in message else message
+    if error["type"] == "value_error":  # ours: it names the key and what came
+        return str(error["msg"]).removeprefix("Value error, ")
+    return f"{key}: {error['msg']}, got {error['input']!r}"
 
 
 def known_keys(model: type[BaseModel] = TrainConfig, prefix: str = "") -> list[str]:

@@ -2,7 +2,8 @@
 
 config.yaml     the resolved configuration
 metrics.jsonl   one line per optimizer step
-checkpoint/     the trained student, Hugging Face format
+student/        the student that the run started from, Hugging Face format
+checkpoint/     the trained student, likewise
 summary.json    the figures that `Summary` documents
 """
 
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from asyncopd import backends
-from asyncopd.config import TrainConfig, dump_config
+from asyncopd.checkpoints import load_model, save_model
+from asyncopd.config import ConfigError, TrainConfig, dump_config
 from asyncopd.engines.decode import Decoder
 from asyncopd.engines.draw import check_draw
 from asyncopd.engines.learn import LossOptions, OpdLearner, OptimizerOptions
@@ -70,24 +72,30 @@ def train(
     on_tick: Callable[[PipelineStatus], None] | None = None,
 ) -> Summary:
     """Run `config`. Raises what `run_pipeline` raises; FileExistsError if the run directory holds a run already."""
-    run_dir = prepare_run_dir(config.run_dir, overwrite=overwrite)
-    (run_dir / "config.yaml").write_text(dump_config(config))
+    run_dir = config.run_dir
+    check_run_dir(run_dir, overwrite=overwrite)
+    teacher_path = config.teacher.path
+    if teacher_path is not None and teacher_path.resolve().is_relative_to(run_dir.resolve()):
+        raise ConfigError(f"teacher.path: {teacher_path} lies in run_dir, whose files the run replaces")
     task = RailwayTask()
     threads = torch.get_num_threads()
     torch.set_num_threads(config.schedule.threads_per_worker)
     try:
-        student, teacher = load_model(config.student.path, load_student), load_model(config.teacher.path, load_teacher)
+        student, teacher = model_at(config.student.path, load_student), model_at(config.teacher.path, load_teacher)
         check_models(student, teacher, config, task)
-        score = partial(evaluate, task=task, problems=config.eval.problems, places=config.eval.places)
+        # Only now is anything replaced: the models may come from the very run that is overwritten.
+        clear_run_dir(run_dir)
+        (run_dir / "config.yaml").write_text(dump_config(config))
+        score = partial(evaluate, task=task, answers=config.eval.answers, places=config.eval.places)
         accuracy_teacher, before = score(teacher), score(student)
         say(f"held-out accuracy: teacher {accuracy_teacher}, student {before}")
         ops = {op: backends.choose(op, torch.device("cpu"), torch.float32) for op in _OPS}
         say("kernels: " + ", ".join(f"{op} on {name}" for op, name in ops.items()))
         start = run_dir / "student"
-        student.save_pretrained(start)
+        save_model(student, start)
         del teacher
         result = _run(config, task, start, run_dir, on_step, on_tick)
-        after = score(_load(run_dir / "checkpoint"))
+        after = score(load_model(run_dir / "checkpoint"))
         say(f"held-out accuracy: student {after} after {result.steps} steps")
     finally:
         torch.set_num_threads(threads)
@@ -99,16 +107,23 @@ def train(
 _OPS = ("sample_support", "linear_gather_logprobs", "linear_gather_logits", "linear_logsumexp", "reverse_kl")
 
 
-def prepare_run_dir(run_dir: Path, *, overwrite: bool) -> Path:
-    """An empty run directory; a run that is there already is only replaced when asked to."""
-    ours = [run_dir / name for name in ("config.yaml", "metrics.jsonl", "summary.json", "checkpoint", "student")]
-    there = [path for path in ours if path.exists()]
+def _files_of_a_run(run_dir: Path) -> list[Path]:
+    names = ("config.yaml", "metrics.jsonl", "summary.json", "checkpoint", ".checkpoint.partial", "student")
+    return [path for name in names if (path := run_dir / name).exists()]
+
+
+def check_run_dir(run_dir: Path, *, overwrite: bool) -> None:
+    """A run that is there already is replaced only when asked to."""
+    there = _files_of_a_run(run_dir)
     if there and not overwrite:
         raise FileExistsError(f"run_dir: {run_dir} already holds {there[0].name}; choose another or pass --overwrite")
-    for path in there:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def clear_run_dir(run_dir: Path) -> None:
+    """Make the directory, without an earlier run's files; anything else in it stays."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    return run_dir
+    for path in _files_of_a_run(run_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _run(
@@ -138,7 +153,7 @@ def _run(
             rollout=partial(build_decoder, config, start),
             teacher=partial(build_scorer, config),
             learner=partial(build_learner, config, start),
-            # Every run of a seed sees the same problems in the same order, whatever its mode.
+            # A seed gives the same problems in the same order, whatever the mode.
             prompts=lambda uid: list(task.problem(config.seed * 1_000_003 + uid, "train").prompt_ids),
             on_step=record,
             on_tick=on_tick,
@@ -152,7 +167,7 @@ def _run(
 def build_decoder(config: TrainConfig, student: Path) -> Decoder:
     task = RailwayTask()
     return Decoder(
-        _load(student),
+        load_model(student),
         places=config.engine.places,
         max_prompt_tokens=task.max_prompt_tokens,
         max_response_tokens=config.engine.max_response_tokens or task.max_response_tokens,
@@ -168,7 +183,7 @@ def build_decoder(config: TrainConfig, student: Path) -> Decoder:
 
 def build_scorer(config: TrainConfig) -> TeacherScorer:
     return TeacherScorer(
-        load_model(config.teacher.path, load_teacher),
+        model_at(config.teacher.path, load_teacher),
         draw=config.draw.name,
         num_scores=config.draw.num_scores,
         temperature=config.draw.temperature,
@@ -180,7 +195,7 @@ def build_scorer(config: TrainConfig) -> TeacherScorer:
 def build_learner(config: TrainConfig, student: Path) -> OpdLearner:
     loss, optimizer = config.loss, config.optimizer
     return OpdLearner(
-        _load(student),
+        load_model(student),
         draw=config.draw.name,
         loss=LossOptions(
             kind=loss.kind,
@@ -195,28 +210,21 @@ def build_learner(config: TrainConfig, student: Path) -> OpdLearner:
     )
 
 
-def load_model(path: Path | None, embedded: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+def model_at(path: Path | None, embedded: Callable[[], PreTrainedModel]) -> PreTrainedModel:
     """The model in a local folder, in fp32, or the embedded one."""
-    return embedded() if path is None else _load(path)
-
-
-def _load(path: Path) -> PreTrainedModel:
-    """A local model folder in fp32; never remote code, never a pickle."""
-    if not (path / "config.json").is_file():
-        raise FileNotFoundError(f"{path}: no config.json there, expected a Hugging Face model folder")
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    return embedded() if path is None else load_model(path)
 
 
 def check_models(student: PreTrainedModel, teacher: PreTrainedModel, config: TrainConfig, task: RailwayTask) -> None:
     """Both must speak the task's vocabulary, or ids would mean different tokens."""
-    for name, model in (("student", student), ("teacher", teacher)):
-        if model.config.vocab_size != task.vocab_size:
-            raise ValueError(
-                f"{name}.path: got a vocabulary of {model.config.vocab_size}, the task has {task.vocab_size}"
-            )
+    check_vocabulary("student.path", student, task)
+    check_vocabulary("teacher.path", teacher, task)
     check_draw(config.draw.name, config.draw.num_scores, config.draw.head, student.config.vocab_size)
+
+
+def check_vocabulary(name: str, model: PreTrainedModel, task: RailwayTask) -> None:
+    if model.config.vocab_size != task.vocab_size:
+        raise ConfigError(f"{name}: got a vocabulary of {model.config.vocab_size}, the task has {task.vocab_size}")
 
 
 def _summary(

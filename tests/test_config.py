@@ -41,13 +41,18 @@ def test_dumped_configuration_reads_back_the_same(tmp_path: Path) -> None:
         ("seed", "expected key=value"),
         ("seed=[", "not a valid YAML value"),
         ("seed.deeper=1", "seed"),
+        ("loss.normalize=sampled loss.kind=forward_kl", "loss.normalize: got 'sampled' with forward_kl"),
+        ("loss.baseline=loo loss.kind=forward_kl", "loss.baseline: got 'loo' with forward_kl"),
+        ("loss.clip_eps=1 loss.ratio_cap=2 draw.name=samples", "loss.ratio_cap and loss.clip_eps: got both"),
+        ("draw.temperature=.inf", "draw.temperature: Input should be a finite number"),
+        ("optimizer.betas=[2,3]", "optimizer.betas.0: Input should be less than 1"),
         ("teacher.weights=1", "teacher.weights: unknown key; did you mean 'teacher.path'"),
     ],
 )
 def test_wrong_settings_name_the_key_and_what_was_expected(setting: str, message: str) -> None:
     message = message.replace("draw.head: got 64 with", "draw.head: got 64")
     with pytest.raises(ConfigError) as error:
-        load_config(None, [setting])
+        load_config(None, setting.split())
     assert message in str(error.value)
 
 
@@ -66,6 +71,19 @@ def test_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("a: [\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(tmp_path / "bad.yaml")
+
+
+def test_empty_section_and_dotted_keys_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("optimizer:\n  # lr: 1\nseed: 2\n")
+    assert load_config(path).optimizer == TrainConfig().optimizer
+    assert load_config(path, ["optimizer.lr=0.5"]).optimizer.lr == 0.5
+    path.write_text("optimizer.lr: 0.1\n")
+    with pytest.raises(ConfigError, match="write 'lr' inside its section"):
+        load_config(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="not a UTF-8 text"):
+        load_config(path)
 
 
 def test_yaml_cannot_run_code(tmp_path: Path) -> None:

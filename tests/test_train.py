@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from asyncopd.config import TrainConfig, load_config
+from asyncopd.config import ConfigError, TrainConfig, load_config
 from asyncopd.pipeline import WorkerError
-from asyncopd.train import prepare_run_dir, train
+from asyncopd.task import load_student
+from asyncopd.train import check_run_dir, clear_run_dir, train
 
 SMALL = [
     "schedule.steps=3",
@@ -19,7 +20,7 @@ SMALL = [
     "engine.max_response_tokens=12",
     "draw.num_scores=12",
     "draw.head=4",
-    "eval.problems=16",
+    "eval.answers=16",
 ]
 REQUIRED_KEYS = {
     "accuracy_before",
@@ -82,8 +83,9 @@ def test_run_directory_with_a_run_is_not_overwritten_unless_asked(tmp_path: Path
     (tmp_path / "summary.json").write_text("{}")
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"already holds summary\.json"):
-        prepare_run_dir(tmp_path, overwrite=False)
-    prepare_run_dir(tmp_path, overwrite=True)
+        check_run_dir(tmp_path, overwrite=False)
+    check_run_dir(tmp_path, overwrite=True)
+    clear_run_dir(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]  # what is not ours stays
 
 
@@ -94,8 +96,20 @@ def test_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, head_dim=32
     )
     Qwen3ForCausalLM(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"teacher\.path: got a vocabulary of 50"):
+    with pytest.raises(ConfigError, match=r"teacher\.path: got a vocabulary of 50"):
         train(small(tmp_path / "run", f"teacher.path={tmp_path / 'model'}"), say=lambda _: None)
+
+
+def test_overwriting_may_start_from_the_old_checkpoint_and_a_failed_start_changes_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    load_student().save_pretrained(run / "checkpoint")
+    (run / "config.yaml").write_text("of the first run")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        train(small(run, f"teacher.path={tmp_path / 'nowhere'}"), overwrite=True, say=lambda _: None)
+    assert (run / "config.yaml").read_text() == "of the first run"
+    again = small(run, f"student.path={run / 'checkpoint'}", "schedule.steps=1")
+    train(again, overwrite=True, say=lambda _: None)
+    assert load_config(run / "config.yaml") == again
 
 
 def test_missing_model_folder_is_named(tmp_path: Path) -> None:

@@ -40,8 +40,17 @@ def has_op(name: str, op: str) -> bool:
 
 
 def select(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
-    """The function that runs `op` on tensors of this device and dtype."""
-    return getattr(module(choose(op, device, dtype)), op)
+    """The function that runs `op` on tensors of this device and dtype, at the precision that it was written for."""
+    function = getattr(module(choose(op, device, dtype)), op)
+    if not torch.is_autocast_enabled(device.type):
+        return function
+
+    def without_autocast(*args: Any) -> Any:
+        # Autocast stays on inside a custom op, and would turn the fp32 products of a backend into bf16 ones.
+        with torch.autocast(device.type, enabled=False):
+            return function(*args)
+
+    return without_autocast
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -2,15 +2,17 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
 import asyncopd
+
+if TYPE_CHECKING:  # imported where they are used: --help must not wait for torch's models
+    from asyncopd.config import TrainConfig
+    from asyncopd.train import Summary
 
 app = typer.Typer(
     help="On-policy distillation: a student learns from a teacher's scores of its own answers.",
@@ -30,42 +32,43 @@ ConfigFile = Annotated[Path | None, typer.Argument(metavar="[CONFIG.yaml]", help
 def main() -> None:
     """Entry point: user errors are one clear message and exit code 2, an interrupt is 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with _plain_errors():
-        app()
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
+    from asyncopd.backends import BackendUnavailable
     from asyncopd.config import ConfigError
     from asyncopd.pipeline import PipelineError
 
     try:
-        yield
-    except KeyboardInterrupt:
-        console.print("interrupted: every worker has been stopped")
-        sys.exit(130)
-    except (ConfigError, FileExistsError, FileNotFoundError) as error:
+        app()
+    except (ConfigError, FileExistsError, FileNotFoundError, BackendUnavailable, MemoryError) as error:
         _fail(f"error: {error}", 2)
     except PipelineError as error:
         _fail(f"run failed: {error}", 1)
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(message, file=sys.stderr)
     sys.exit(code)
+
+
+def _train(config: "TrainConfig", *, overwrite: bool) -> "Summary":
+    """A run under a display; Ctrl-C ends it with one line."""
+    from asyncopd.cli.display import training_display
+    from asyncopd.train import train as run
+
+    try:
+        with training_display(console, config) as display:
+            return run(config, overwrite=overwrite, say=display.say, on_step=display.on_step, on_tick=display.on_tick)
+    except KeyboardInterrupt:
+        _fail("interrupted: every worker has been stopped", 130)
 
 
 @app.command()
 def train(config: ConfigFile = None, set_: Settings = None, overwrite: Overwrite = False) -> None:
     """Distil a teacher into a student through the pipeline."""
-    from asyncopd.cli.display import training_display
     from asyncopd.cli.report import summary_table
     from asyncopd.config import load_config
-    from asyncopd.train import train as run
 
     resolved = load_config(config, set_ or [])
-    with training_display(console, resolved) as display:
-        summary = run(resolved, overwrite=overwrite, say=display.say, on_step=display.on_step, on_tick=display.on_tick)
+    summary = _train(resolved, overwrite=overwrite)
     console.print(summary_table([summary]))
     console.print(f"run directory: {resolved.run_dir}", soft_wrap=True)
 
@@ -73,9 +76,9 @@ def train(config: ConfigFile = None, set_: Settings = None, overwrite: Overwrite
 @app.command(name="eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, or 'teacher' or 'student' for the embedded ones.")],
-    problems: Annotated[int, typer.Option(min=1, help="Held-out problems to answer.")] = 500,
+    answers: Annotated[int, typer.Option(min=2, help="How many, going round the held-out problems.")] = 604,
     temperature: Annotated[float, typer.Option(min=1e-3, help="Sampling temperature.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=16383, help="Of the draws.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="Small models decode fastest on one.")] = 1,
 ) -> None:
     """Accuracy of a model on held-out problems of the embedded task, sampled."""
@@ -83,13 +86,19 @@ def evaluate(
 
     from asyncopd.evaluate import evaluate as score
     from asyncopd.task import RailwayTask, load_student, load_teacher
-    from asyncopd.train import load_model
+    from asyncopd.train import check_vocabulary, model_at
 
     torch.set_num_threads(threads)
     embedded = {"teacher": load_teacher, "student": load_student}
-    loaded = embedded[model]() if model in embedded else load_model(Path(model), load_student)
-    accuracy = score(loaded, RailwayTask(), problems=problems, temperature=temperature, seed=seed)
-    console.print(f"{model}: {accuracy} of {problems} held-out problems right at temperature {temperature:g}", soft_wrap=True)
+    loaded = embedded[model]() if model in embedded else model_at(Path(model), load_student)
+    task = RailwayTask()
+    check_vocabulary(model, loaded, task)
+    accuracy = score(loaded, task, answers=answers, temperature=temperature, seed=seed)
+    console.print(
+        f"{model}: {accuracy} of {answers} answers to {accuracy.problems} held-out problems right "
+        f"at temperature {temperature:g}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -106,19 +115,13 @@ def demo(
     root: Annotated[Path, typer.Option(help="Where demo-sync/ and demo-async/ go.")] = Path("runs"),
 ) -> None:
     """The embedded task in sync and in async mode at equal settings, side by side."""
-    from asyncopd.cli.display import training_display
     from asyncopd.cli.report import summary_table
     from asyncopd.config import load_config
-    from asyncopd.train import train as run
 
     summaries = []
-    modes: tuple[Literal["sync", "async"], ...] = ("sync", "async")
-    for mode in modes:
+    for mode in ("sync", "async"):
         resolved = load_config(None, set_ or [], **{"schedule.mode": mode, "run_dir": root / f"demo-{mode}"})
-        with training_display(console, resolved) as display:
-            summaries.append(
-                run(resolved, overwrite=True, say=display.say, on_step=display.on_step, on_tick=display.on_tick)
-            )
+        summaries.append(_train(resolved, overwrite=True))
     console.print(summary_table(summaries))
 
 

@@ -1,12 +1,16 @@
 """The learner: optimizer steps on the fused loss over packed rows."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, get_scheduler
+from transformers import PreTrainedModel
 
+from asyncopd.checkpoints import save_model
 from asyncopd.engines.draw import KIND, DrawName
 from asyncopd.engines.model import Head
 from asyncopd.engines.packing import packs, predicting_states
@@ -67,13 +71,7 @@ class OpdLearner:
         self.optimizer = torch.optim.AdamW(
             model.parameters(), lr=optimizer.lr, betas=optimizer.betas, weight_decay=optimizer.weight_decay
         )
-        self.scheduler = get_scheduler(
-            "cosine_with_min_lr",
-            self.optimizer,
-            num_warmup_steps=optimizer.warmup_steps,
-            num_training_steps=optimizer.total_steps,
-            scheduler_specific_kwargs={"min_lr_rate": optimizer.min_lr_ratio},
-        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._lr_share)
 
     def weight_spec(self) -> list[TensorSpec]:
         return specs_of(self.named_weights())
@@ -81,24 +79,49 @@ class OpdLearner:
     def named_weights(self) -> dict[str, Tensor]:
         return {name: parameter.detach() for name, parameter in self.model.named_parameters()}
 
+    def _lr_share(self, step: int) -> float:
+        """Learning rate of step 0, 1, ... as a share of the peak; the first step already trains."""
+        o = self.options
+        if step < o.warmup_steps:
+            return (step + 1) / (o.warmup_steps + 1)
+        progress = (step - o.warmup_steps) / max(1, o.total_steps - o.warmup_steps)
+        return o.min_lr_ratio + (1.0 - o.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+
     def step(self, batch: list[tuple[SlotView, list[int]]]) -> dict[str, float]:
         num_tokens = sum(int(slot.response_lengths[sequences].sum()) for slot, sequences in batch)
         if num_tokens == 0:
             raise ValueError("step: got a batch without response tokens, expected at least one")
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for slot, sequences in batch:
-            for pack in packs(slot, sequences, self.max_packed_tokens):
-                rows = pack.slot_rows
-                support = Support(slot.ids[rows], slot.teacher_logprobs[rows], slot.log_weights[rows], KIND[self.draw])
-                loss = self._loss(predicting_states(self.model, pack), support, num_tokens)
-                loss.backward()
-                total += loss.item()
+        for hidden, support in self._micro_batches(batch):
+            loss = self._loss(hidden, support, num_tokens)
+            loss.backward()
+            total += loss.item()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip, error_if_nonfinite=True)
-        lr = self.scheduler.get_last_lr()[0]
+        lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
         return {"loss": total, "grad_norm": float(norm), "lr": lr}
+
+    def _micro_batches(self, batch: list[tuple[SlotView, list[int]]]) -> Iterator[tuple[Tensor, Support]]:
+        """Hidden states [R, H] and their support, a pack at a time; all at once where rows depend on each other."""
+        parts = (
+            (predicting_states(self.model, pack), self._support(slot, pack.slot_rows))
+            for slot, sequences in batch
+            for pack in packs(slot, sequences, self.max_packed_tokens)
+        )
+        if self.loss.correction is None or self.loss.correction.m2_budget is None:
+            yield from parts
+            return
+        # M2PO spends one budget over the whole batch; split, it would be another estimator.
+        hidden, supports = zip(*parts, strict=True)
+        ids, scores, log_weights = (
+            torch.cat([getattr(s, name) for s in supports]) for name in ("ids", "teacher_logprobs", "log_weights")
+        )
+        yield torch.cat(hidden), Support(ids, scores, log_weights, KIND[self.draw])
+
+    def _support(self, slot: SlotView, rows: Tensor) -> Support:
+        return Support(slot.ids[rows], slot.teacher_logprobs[rows], slot.log_weights[rows], KIND[self.draw])
 
     def _loss(self, hidden: Tensor, support: Support, num_tokens: int) -> Tensor:
         options = {
@@ -120,4 +143,4 @@ class OpdLearner:
         )
 
     def save(self, path: str) -> None:
-        self.model.save_pretrained(path, safe_serialization=True)
+        save_model(self.model, Path(path))

@@ -39,7 +39,8 @@ def reverse_kl(
             support: consistent, not unbiased; no vocabulary-wide work at all.
         tail: what truncated (top-k) supports do with the missing mass: "drop" the bare sum, which can be
             negative; "bucket" everything off the support is one more outcome; "renormalize" condition on the support.
-            The last two are true divergences with their true gradients; sampled supports take "drop" only.
+            The last two are true divergences with their true gradients; sampled supports take "drop" only. "bucket"
+            knows the mass off the support to 1e-7 in fp32: give fp64 log-probabilities where less than that matters.
         baseline: b: "none"; "mean", the w p weighted mean of A (the c_i sum to 0; on M samples scales the
             gradient by about 1 - 1/M); "loo", leave-one-out over the independent draws (unbiased). Only with
             tail="drop".
@@ -60,6 +61,11 @@ def reverse_kl(
             )
         if normalize != "exact":
             raise ValueError(f"normalize: got {normalize!r} with tail={tail!r}, expected 'exact'")
+    if normalize == "sampled" and support.draw == "top_k":
+        raise ValueError(
+            "normalize: got 'sampled' with a top-k support, expected 'exact': a truncated sum estimates no normaliser "
+            "(tail='renormalize' conditions both models on the support)"
+        )
     if baseline == "loo" and support.draw == "top_k":
         raise ValueError("baseline: got 'loo' with a top-k support, expected independent samples")
     _check_correction(correction, support, tail, student_logprobs)
@@ -147,3 +153,5 @@ def _check_correction(correction: Correction | None, support: Support, tail: str
         raise ValueError(
             f"correction.proximal_logprobs: got shape {list(proximal.shape)}, expected {list(student.shape)}"
         )
+    if proximal is not None:
+        checks.check_device("correction.proximal_logprobs", proximal, student, "student_logprobs")

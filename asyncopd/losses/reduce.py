@@ -1,15 +1,16 @@
 """From row losses to the number that is trained on."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor
 
+from asyncopd.losses.options import Reduction
 from asyncopd.ops.checks import check_choice
-
-REDUCTIONS = ("mean", "sum", "none")
 
 
 def check_reduction(reduction: str, num_items_in_batch: int | float | Tensor | None) -> None:
-    check_choice("reduction", reduction, REDUCTIONS)
+    check_choice("reduction", reduction, get_args(Reduction))
     if num_items_in_batch is None:
         return
     if reduction == "none":
@@ -17,7 +18,9 @@ def check_reduction(reduction: str, num_items_in_batch: int | float | Tensor | N
     if isinstance(num_items_in_batch, Tensor):
         if num_items_in_batch.numel() != 1:
             raise ValueError(f"num_items_in_batch: got shape {list(num_items_in_batch.shape)}, expected a scalar")
-    elif not num_items_in_batch > 0:
+    elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, int | float):
+        raise TypeError(f"num_items_in_batch: got {type(num_items_in_batch).__name__}, expected a number or a tensor")
+    elif not 0 < num_items_in_batch < float("inf"):
         raise ValueError(f"num_items_in_batch: got {num_items_in_batch}, expected a number above 0")
 
 
@@ -36,7 +39,9 @@ def reduce_rows(
     total = row_losses.sum()
     if num_items_in_batch is not None:
         if isinstance(num_items_in_batch, Tensor):
-            num_items_in_batch = num_items_in_batch.to(total.device, total.dtype).reshape(())
+            items = num_items_in_batch.to(total.device, total.dtype).reshape(())
+            # No rank has a valid row: the sum is 0 already, and its gradient must not be 0 / 0.
+            return total / torch.where(items > 0, items, 1.0)
         return total / num_items_in_batch
     if reduction == "sum":
         return total

@@ -97,10 +97,15 @@ def check_head(
     if weight.dtype != hidden.dtype:
         raise TypeError(f"lm_head_weight: got {weight.dtype}, expected {hidden.dtype} as hidden (or use autocast)")
     if bias is not None:
+        if not isinstance(bias, Tensor) or bias.dtype not in LOGIT_DTYPES:
+            got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+            raise TypeError(f"bias: got {got}, expected a tensor of a float dtype")
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}]")
         check_device("bias", bias, hidden, "hidden")
     check_positive("temperature", temperature)
     check_positive("softcap", softcap)
+    if not isinstance(logit_scale, int | float):
+        raise TypeError(f"logit_scale: got {type(logit_scale).__name__}, expected a number")
     if not math.isfinite(logit_scale) or logit_scale == 0:
         raise ValueError(f"logit_scale: got {logit_scale}, expected a finite number other than 0")

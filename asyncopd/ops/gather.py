@@ -95,9 +95,10 @@ def _linear_gather_backward(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("linear_gather_logprobs_backward", hidden.device, hidden.dtype)
-    return run(grad, hidden, weight, lse, ids, bias, mask, temperature, logit_scale, softcap)
+    return run(grad, hidden, weight, lse, ids, bias, mask, temperature, logit_scale, softcap, need_weight)
 
 
 @torch.library.custom_op("asyncopd::linear_gather_logits", mutates_args=())
@@ -127,9 +128,10 @@ def _linear_logits_backward(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("linear_gather_logits_backward", hidden.device, hidden.dtype)
-    return run(grad, logits, hidden, weight, ids, bias, mask, temperature, logit_scale, softcap)
+    return run(grad, logits, hidden, weight, ids, bias, mask, temperature, logit_scale, softcap, need_weight)
 
 
 @torch.library.custom_op("asyncopd::linear_logsumexp", mutates_args=())
@@ -162,23 +164,29 @@ def _(hidden: Tensor, *_: Any) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
 
 
-def _fake_head_gradients(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    dbias = weight.new_empty(weight.shape[0], dtype=weight.dtype if bias is None else bias.dtype)
-    return hidden.new_empty(hidden.shape), weight.new_empty(weight.shape), dbias
+def _fake_head_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    vocab, width = weight.shape
+    return (
+        hidden.new_empty(hidden.shape),
+        weight.new_empty(vocab if need_weight else 0, width),
+        weight.new_empty(0) if bias is None else bias.new_empty(vocab),
+    )
 
 
 @_linear_gather_backward.register_fake
 def _(
-    grad: Tensor, hidden: Tensor, weight: Tensor, lse: Tensor, ids: Tensor, bias: Tensor | None, *_: Any
+    grad: Tensor, hidden: Tensor, weight: Tensor, lse: Tensor, ids: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_head_gradients(hidden, weight, bias)
+    return _fake_head_gradients(hidden, weight, bias, rest[-1])
 
 
 @_linear_logits_backward.register_fake
 def _(
-    grad: Tensor, logits: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, *_: Any
+    grad: Tensor, logits: Tensor, hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_head_gradients(hidden, weight, bias)
+    return _fake_head_gradients(hidden, weight, bias, rest[-1])
 
 
 def _save_head(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -191,14 +199,16 @@ def _save_head(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _linear_gather_gradient(ctx: Any, grad: Tensor, _grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     lse, hidden, weight, ids, bias, mask = ctx.saved_tensors
-    dh, dw, db = _linear_gather_backward(grad, hidden, weight, lse, ids, bias, mask, *ctx.scalars)
-    return dh, dw, None, db if bias is not None else None, None, None, None, None
+    need_weight = ctx.needs_input_grad[1]
+    dh, dw, db = _linear_gather_backward(grad, hidden, weight, lse, ids, bias, mask, *ctx.scalars, need_weight)
+    return dh, dw if need_weight else None, None, None if bias is None else db, None, None, None, None
 
 
 def _linear_logits_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     logits, hidden, weight, ids, bias, mask = ctx.saved_tensors
-    dh, dw, db = _linear_logits_backward(grad, logits, hidden, weight, ids, bias, mask, *ctx.scalars)
-    return dh, dw, None, db if bias is not None else None, None, None, None, None
+    need_weight = ctx.needs_input_grad[1]
+    dh, dw, db = _linear_logits_backward(grad, logits, hidden, weight, ids, bias, mask, *ctx.scalars, need_weight)
+    return dh, dw if need_weight else None, None, None if bias is None else db, None, None, None, None
 
 
 _linear_gather.register_autograd(_linear_gather_gradient, setup_context=_save_head)

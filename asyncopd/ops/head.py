@@ -16,7 +16,7 @@ def prepare_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gather a sharded head, follow autocast as `F.linear` would, and check the rest."""
     weight, bias = _whole("lm_head_weight", weight), None if bias is None else _whole("bias", bias)
-    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+    if isinstance(hidden, Tensor) and hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
         dtype = torch.get_autocast_dtype(hidden.device.type)
         if hidden.dtype != torch.float64:
             hidden, weight = hidden.to(dtype), weight.to(dtype)
@@ -25,9 +25,16 @@ def prepare_head(
 
 
 def _whole(name: str, tensor: Tensor) -> Tensor:
-    """An FSDP2 / tensor-parallel parameter (DTensor) as the whole tensor; its gradient is scattered back."""
+    """An FSDP2 / tensor-parallel parameter (DTensor) as the whole tensor; its gradient is scattered back.
+
+    The gradient is the mean over the ranks, as FSDP makes it of every other parameter; ranks that all see the same rows
+    (tensor parallelism) get the gradient of those rows either way.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
-    if hasattr(tensor, "full_tensor"):
-        return tensor.full_tensor()
-    return tensor
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(tensor, DTensor)
+    return tensor.full_tensor(grad_placements=[Partial("avg")] * tensor.device_mesh.ndim)

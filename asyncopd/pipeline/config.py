@@ -51,9 +51,14 @@ class ScheduleConfig(BaseModel):
     stall_timeout_s: float = Field(
         300.0,
         gt=0,
-        description="seconds of silence from a worker that owes work until the run is ended",
+        description="seconds of silence from a worker that owes work until the run is ended; a rollout "
+        "worker must also finish a sequence within them, or within as many decode steps as one has tokens",
     )
-    startup_timeout_s: float = Field(600.0, gt=0, description="seconds that a worker may take to build its engine")
+    startup_timeout_s: float = Field(
+        600.0,
+        gt=0,
+        description="seconds that a worker may take to build its engine, and the learner to save at the end",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -32,10 +32,10 @@ class WorkerError(PipelineError):
 
 
 class StallError(PipelineError):
-    """Nothing was heard from a worker that owes work, for longer than its time limit.
+    """A worker that owes work was silent, or decoded without finishing anything, beyond its time limit.
 
     Attributes:
-        worker: the name of the silent worker.
+        worker: the name of the stuck worker.
     """
 
     def __init__(self, worker: str, message: str) -> None:

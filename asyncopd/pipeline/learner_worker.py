@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
+from asyncopd.pipeline.checkpoint import save_atomically
 from asyncopd.pipeline.messages import Publish, Published, Ready, Save, Saved, Step, StepDone, Stop
 from asyncopd.pipeline.protocols import Learner
 from asyncopd.pipeline.worker import Context, Stopwatch
@@ -24,8 +23,8 @@ def learner_loop(context: Context, learner: Learner) -> None:
                 case Publish(buffer=buffer, version=version):
                     _publish(context, learner, buffer, version)
                 case Save(path=path):
-                    save_atomically(learner, Path(path))
-                    context.send(Saved(path))
+                    save_atomically(learner.save, Path(path))
+                    context.send(Saved())
                 case Stop():
                     return
 
@@ -37,7 +36,9 @@ def _step(context: Context, learner: Learner, command: Step) -> None:
         context.stats.tokens += int(lengths[indices].sum())
     with Stopwatch(context, "busy_s"):
         metrics = learner.step(batch)
-    context.send(StepDone(metrics, context.stats))
+    # Here, because a tensor would come out of the pipe as a tensor, on the device that it was on.
+    numbers = {name: float(value) for name, value in metrics.items()}
+    context.send(StepDone(numbers, context.stats))
     if command.publish_buffer is not None:
         _publish(context, learner, command.publish_buffer, command.version)
 
@@ -45,28 +46,3 @@ def _step(context: Context, learner: Learner, command: Step) -> None:
 def _publish(context: Context, learner: Learner, buffer: int, version: int) -> None:
     context.weights.write(buffer, learner.named_weights())
     context.send(Published(buffer, version))
-
-
-def save_atomically(learner: Learner, path: Path) -> None:
-    """Save to a sibling of ``path``, then rename: ``path`` is never half a checkpoint."""
-    path = path.absolute()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial, old = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.old")
-    for leftover in (partial, old):
-        _remove(leftover)
-    try:
-        learner.save(str(partial))
-    except BaseException:
-        _remove(partial)
-        raise
-    if path.is_dir():  # rename() replaces a file, but not a folder with something in it
-        os.replace(path, old)
-    os.replace(partial, path)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

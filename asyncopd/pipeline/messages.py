@@ -12,10 +12,12 @@ from asyncopd.pipeline.shared import TensorSpec
 class StageStats:
     """Counters of one worker since `Start`; cumulative, so that a lost update does no harm."""
 
-    busy_s: float = 0.0  # inside engine.step, score or learner.step
+    busy_s: float = 0.0  # wall time inside engine.step, score or learner.step; waiting for a core counts
+    cpu_s: float = 0.0  # CPU time of all threads of the worker meanwhile
     wait_s: float = 0.0  # idle for want of prompts, slots to score, or a batch
     backpressure_s: float = 0.0  # idle because no slot was free
     tokens: int = 0  # response tokens finished, scored or trained on
+    steps: int = 0  # decode steps that returned (rollout workers)
 
 
 @dataclass(slots=True, frozen=True)
@@ -152,4 +154,4 @@ class Published:
 
 @dataclass(slots=True)
 class Saved:
-    path: str
+    """The checkpoint is in its place."""

@@ -20,7 +20,7 @@ class PipelineStatus:
         step, steps: optimizer steps done, and in the run.
         elapsed_s: seconds since all workers were ready.
         stage_tokens: response tokens that each stage has finished.
-        stage_busy_s: seconds that each stage has worked (mean over its workers).
+        stage_busy_s: wall seconds that each stage has been inside its engine (mean over its workers).
         slots: number of slots by state (free, filling, filled, scoring, ready, training).
         outstanding: sequences granted and not consumed.
         staleness_max: largest staleness consumed so far.
@@ -46,11 +46,17 @@ class RunResult:
         steps: optimizer steps done.
         wall_seconds: start-up and checkpoint excluded.
         stage_tokens: response tokens by stage.
-        stage_busy_seconds: time at work by stage; the mean over workers of a stage with several.
+        stage_busy_seconds: wall time inside the engine's step, score or train call by stage; the mean
+            over workers of a stage with several. Waiting for a core counts as busy.
+        stage_cpu_seconds: CPU time that the worker, all its threads together, spent in the same calls;
+            likewise a mean. Work on an accelerator is not in it.
         stage_tokens_per_second: tokens / busy seconds: what the stage does while it works.
-        overlap: sum of the stages' busy seconds / wall seconds; at most 3.
+        overlap: sum of the stages' busy seconds / wall seconds, so by wall time inside the stages; at
+            most 3. Waiting for a core counts as busy.
+        cpu_overlap: sum of the stages' CPU seconds / wall seconds; at most 3 times threads_per_worker.
         learner_tokens_per_second: response tokens consumed / wall seconds.
-        staleness_mean, staleness_max: over consumed sequences, in optimizer steps.
+        staleness_mean, staleness_max: over consumed sequences (each counts once, however long it is), in
+            optimizer steps between its oldest token's weights and the weights that trained on it.
         refused: sequences that came too late and were rolled out again.
         consumed_sequences, consumed_tokens: what the learner trained on (response tokens).
         rollout_wait_seconds: rollout workers idle for want of prompts (mean over workers).
@@ -64,8 +70,10 @@ class RunResult:
     wall_seconds: float
     stage_tokens: dict[str, int]
     stage_busy_seconds: dict[str, float]
+    stage_cpu_seconds: dict[str, float]
     stage_tokens_per_second: dict[str, float]
     overlap: float
+    cpu_overlap: float
     learner_tokens_per_second: float
     staleness_mean: float
     staleness_max: int
@@ -118,6 +126,10 @@ class Meter:
         rollout = _mean([stats.busy_s for stats in self.rollout])
         return dict(zip(STAGES, (rollout, self.teacher.busy_s, self.learner.busy_s), strict=True))
 
+    def stage_cpu(self) -> dict[str, float]:
+        rollout = _mean([stats.cpu_s for stats in self.rollout])
+        return dict(zip(STAGES, (rollout, self.teacher.cpu_s, self.learner.cpu_s), strict=True))
+
     def step(self, step: int, learner: dict[str, float], batch: Batch, refused: int) -> dict[str, float]:
         """The metrics of one optimizer step; counters and seconds are since the step before."""
         self.sequences += len(batch.sequences)
@@ -155,14 +167,16 @@ class Meter:
         return metrics
 
     def result(self, *, steps: int, refused: int, cache_bytes: int, checkpoint: str | None) -> RunResult:
-        wall, tokens, busy = self.elapsed(), self.stage_tokens(), self.stage_busy()
+        wall, tokens, busy, cpu = self.elapsed(), self.stage_tokens(), self.stage_busy(), self.stage_cpu()
         return RunResult(
             steps=steps,
             wall_seconds=wall,
             stage_tokens=tokens,
             stage_busy_seconds=busy,
+            stage_cpu_seconds=cpu,
             stage_tokens_per_second={stage: tokens[stage] / busy[stage] if busy[stage] else 0.0 for stage in STAGES},
             overlap=sum(busy.values()) / wall,
+            cpu_overlap=sum(cpu.values()) / wall,
             learner_tokens_per_second=self.tokens / wall,
             staleness_mean=self.staleness_sum / max(self.sequences, 1),
             staleness_max=self.staleness_max,

@@ -71,7 +71,7 @@ class WorkerHandle:
     def __init__(self, name: str, loop: Callable[[Any, Any], None], args: WorkerArgs) -> None:
         self.name = name
         self.ready = False
-        self.contact = time.monotonic()  # last message either way
+        self.contact = time.monotonic()  # last message either way, see also `forgive`
         context: Any = mp.get_context(START_METHOD)  # typeshed gives Process to its subclasses only
         self.conn, child = mp.Pipe(duplex=True)
         self.process: BaseProcess = context.Process(target=run_worker, args=(loop, child, args), name=name)
@@ -86,6 +86,10 @@ class WorkerHandle:
         """Queue a message; never blocks. That the worker is gone shows at `messages`."""
         self.contact = time.monotonic()
         self._outbox.put(message)
+
+    def forgive(self, seconds: float) -> None:
+        """Do not count so many seconds as silence."""
+        self.contact = min(time.monotonic(), self.contact + seconds)
 
     def messages(self) -> list[Any]:
         """What has come in.
@@ -108,6 +112,13 @@ class WorkerHandle:
         elif not self.process.is_alive():
             raise self._death()
         return came
+
+    def has_news(self) -> bool:
+        """Whether `messages` has something to say: words of the worker, or its death."""
+        try:
+            return self.conn.poll()
+        except OSError:
+            return True
 
     def _death(self) -> WorkerError:
         self.process.join(TERMINATE_S)

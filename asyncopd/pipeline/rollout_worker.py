@@ -51,6 +51,7 @@ class RolloutWorker:
                 with Stopwatch(self.context, "busy_s"):
                     rollouts = self.engine.step()
                 self.finished.extend(rollouts)
+                self.context.stats.steps += 1
                 self.context.stats.tokens += sum(r.response_ids.numel() for r in rollouts)
                 self._pack()
             if not self.engine.active() and not self.prompts and not self.finished:

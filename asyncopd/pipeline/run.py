@@ -43,7 +43,8 @@ def run_pipeline(
 
     Raises:
         WorkerError: a worker raised or died; names it and carries its traceback.
-        StallError: a worker that owes work was silent for too long; names it and what it owes.
+        StallError: a worker that owes work was silent, or decoded without finishing a sequence, for too
+            long; names it and what it owes.
         ValueError: a prompt is empty or too long, or the prompts ended before the run.
         MemoryError: the shared memory would not fit.
         KeyboardInterrupt: on SIGINT and SIGTERM. Whatever is raised, no process is left.

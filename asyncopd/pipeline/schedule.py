@@ -1,7 +1,8 @@
 """Who does what next: the scheduling of a run as a plain state machine, no process, no tensor.
 
 A slot goes round: free -> filling (one rollout worker) -> filled -> scoring -> ready -> training ->
-free. Events move it on; decisions say what may move.
+free. Events move it on; decisions say what may move, once `refuse_expired` has taken out what is too
+old.
 
 The batching rule: a step takes exactly batch_size sequences, those with the oldest version first and
 among equals those that were ready first. A slot may be split over several steps and is free when its
@@ -140,6 +141,15 @@ class Scheduler:
 
     # --- decisions ---
 
+    def refuse_expired(self) -> None:
+        """Refuse the sequences that can no longer be used: filled ones unscored, ready ones untrained.
+
+        To be called before the decisions, which then give out the slots and prompts that this frees.
+        A step that is running has nothing to lose here: what it trains on was in time when it began.
+        """
+        self._refuse_expired(self._filled)
+        self._refuse_expired(self._ready)
+
     def slots_to_fill(self) -> list[tuple[int, int]]:
         """(worker, slot) pairs: every rollout worker keeps one slot while there are free ones."""
         pairs = []
@@ -175,7 +185,6 @@ class Scheduler:
 
     def slot_to_score(self) -> int | None:
         """The filled slot that the teacher takes next, first in first out; None if it may not."""
-        self._refuse_expired(self._filled)
         if not self._filled or not self.pacing.may_score(self._books()):
             return None
         slot = self._filled.popleft()
@@ -186,7 +195,6 @@ class Scheduler:
         """The next optimizer step; None while one runs, data is missing or the run is over."""
         if self._training is not None or self.done:
             return None
-        self._refuse_expired(self._ready)
         available = sum(len(self._contents[slot]) for slot in self._ready)
         if not available or (available < self.batch_size and not self._locked_up()):
             return None

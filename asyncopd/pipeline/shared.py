@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
@@ -64,7 +65,9 @@ def available_memory() -> int:
             pages = int(line.split()[1]) * 1024
     limit, used = _read("/sys/fs/cgroup/memory.max"), _read("/sys/fs/cgroup/memory.current")
     if limit.isdigit() and used.isdigit():
-        pages = min(pages, int(limit) - int(used))
+        # The kernel drops the file cache that nobody uses before it lets the group run out.
+        counts = dict(line.split(maxsplit=1) for line in _read("/sys/fs/cgroup/memory.stat").splitlines())
+        pages = min(pages, int(limit) - int(used) + int(counts.get("inactive_file", 0)))
     return max(pages, 0)
 
 
@@ -89,18 +92,26 @@ class SharedBytes:
                 "only Linux has; run it there, or in a Linux container"
             )
         self._fd = os.memfd_create("asyncopd", os.MFD_CLOEXEC)
+        self._close = weakref.finalize(self, os.close, self._fd)  # for those who never call close()
 
-    def resize(self, nbytes: int, *, holds: str, lower: str) -> None:
+    def resize(self, nbytes: int, *, holds: str, lower: str, reserved: int = 0) -> None:
         """Set the size in bytes, once, before anybody maps it.
+
+        Args:
+            nbytes: the size.
+            holds, lower: for the message: what is in it, and which settings make it smaller.
+            reserved: bytes of shared memory that others were promised. Pages are taken only when they
+                are written to, so the machine still counts those as available.
 
         Raises:
             MemoryError: more than the machine has left; names ``holds`` and what to ``lower``.
         """
-        free = available_memory()
+        free = max(available_memory() - reserved, 0)
         if nbytes > free:
+            besides = f" besides {reserved / 2**20:,.0f} MiB that are reserved already" if reserved else ""
             raise MemoryError(
                 f"{holds} would need {nbytes / 2**20:,.0f} MiB of shared memory, and "
-                f"{free / 2**20:,.0f} MiB are available; lower {lower}"
+                f"{free / 2**20:,.0f} MiB are available{besides}; lower {lower}"
             )
         os.ftruncate(self._fd, nbytes)
 
@@ -111,12 +122,12 @@ class SharedBytes:
 
     def close(self) -> None:
         """Close the descriptor; tensors mapped before stay valid."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._close()  # once only
+        self._fd = -1
 
     def __getstate__(self) -> Any:
         return DupFd(self._fd)
 
     def __setstate__(self, descriptor: Any) -> None:
         self._fd = descriptor.detach()
+        self._close = weakref.finalize(self, os.close, self._fd)

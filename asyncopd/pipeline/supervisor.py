@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 from asyncopd.pipeline import messages as msg
+from asyncopd.pipeline.checkpoint import clean_up
 from asyncopd.pipeline.config import PipelineConfig
-from asyncopd.pipeline.errors import PipelineError, StallError
+from asyncopd.pipeline.errors import PipelineError, StallError, WorkerError
 from asyncopd.pipeline.learner_worker import learner_loop
 from asyncopd.pipeline.metrics import Meter, PipelineStatus, RunResult
 from asyncopd.pipeline.pacing import AsyncPacing, Pacing, SyncPacing
@@ -37,6 +40,15 @@ OnStep = Callable[[dict[str, float]], None]
 OnTick = Callable[[PipelineStatus], None]
 
 
+@dataclasses.dataclass(slots=True)
+class Harvest:
+    """When a rollout worker last finished a sequence, and its counters then."""
+
+    at: float
+    tokens: int = 0
+    steps: int = 0
+
+
 class Supervisor:
     """One run. The scheduler decides; this sends, receives, and watches the workers."""
 
@@ -56,6 +68,8 @@ class Supervisor:
         self._timeout_s = config.startup_timeout_s
         self._saving = False
         self._next_tick = 0.0
+        self._watched = math.inf  # time of the last tick
+        self._harvests: list[Harvest] = []  # by rollout worker
 
     @property
     def teacher(self) -> WorkerHandle:
@@ -94,9 +108,13 @@ class Supervisor:
                 self._save(str(checkpoint))
             finished = True
         finally:
-            stop_workers(self._workers, gently=finished)
-            self._slot_memory.close()
-            self._weight_memory.close()
+            # A second Ctrl-C comes out of stop_workers; what is left to do is done all the same.
+            with ExitStack() as ending:
+                ending.callback(self._slot_memory.close)
+                ending.callback(self._weight_memory.close)
+                if checkpoint is not None and self._saving:
+                    ending.callback(_clean_up, Path(checkpoint))
+                stop_workers(self._workers, gently=finished)
         return self.meter.result(
             steps=self.scheduler.version,
             refused=self.scheduler.refused,
@@ -141,6 +159,7 @@ class Supervisor:
             segment_bytes(self._weights),
             holds="two buffers of the student's weights",
             lower="the size of the student",
+            reserved=config.slot_spec().nbytes,
         )
         for handle in (*self.rollouts, self.learner):
             handle.send(msg.Attach(self._weights))
@@ -162,11 +181,13 @@ class Supervisor:
         for handle in self._workers:
             handle.send(msg.Start())
         self._timeout_s = config.stall_timeout_s
+        self._harvests = [Harvest(time.monotonic()) for _ in self.rollouts]
         self.meter.started = time.perf_counter()
 
     def _save(self, path: str) -> None:
         self.learner.send(msg.Save(path))
         self._saving = True
+        self._timeout_s = self.config.startup_timeout_s  # like loading a model, it waits for the disk
         while self._saving:
             self._listen()
 
@@ -175,6 +196,7 @@ class Supervisor:
     def _dispatch(self) -> None:
         """Send out everything that can begin now."""
         scheduler = self.scheduler
+        scheduler.refuse_expired()
         for worker, slot in scheduler.slots_to_fill():
             self._workers[worker].send(msg.FillSlot(slot))
         for worker, requests in scheduler.prompts_to_grant():
@@ -218,17 +240,21 @@ class Supervisor:
         meter = self.meter
         match message:
             case msg.Ready(places=places, weights=weights):
-                self._workers[index].ready = True
+                handle = self._workers[index]
+                handle.ready = True
                 if index < len(self._places):
                     self._places[index] = places
-                self._weights = self._weights or weights
+                if handle is self.learner:
+                    if not weights:
+                        raise WorkerError(handle.name, "has no weights to publish: its weight_spec() is empty")
+                    self._weights = weights
             case msg.Progress(stats=stats):
-                meter.rollout[index] = stats
+                self._rolled_out(index, stats)
             case msg.WeightsLoaded(version=version):
                 self.buffers.acknowledged(index, version)
                 self.scheduler.weights_loaded(index, version)
             case msg.SlotFilled(slot=slot, sequences=sequences, stats=stats):
-                meter.rollout[index] = stats
+                self._rolled_out(index, stats)
                 self.scheduler.slot_filled(index, slot, sequences)
             case msg.SlotScored(slot=slot, stats=stats):
                 meter.teacher = stats
@@ -249,6 +275,12 @@ class Supervisor:
             case _:
                 raise PipelineError(f"unknown message {message!r}")
 
+    def _rolled_out(self, worker: int, stats: msg.StageStats) -> None:
+        """Book the counters of a rollout worker."""
+        self.meter.rollout[worker] = stats
+        if self._harvests and stats.tokens > self._harvests[worker].tokens:
+            self._harvests[worker] = Harvest(time.monotonic(), stats.tokens, stats.steps)
+
     # --- watching ---
 
     def _watch(self) -> None:
@@ -256,20 +288,36 @@ class Supervisor:
         now = time.monotonic()
         if now < self._next_tick:
             return
-        self._next_tick = now + TICK_S
+        away, self._watched, self._next_tick = now - self._watched - TICK_S, now, now + TICK_S
+        if away > TICK_S:
+            # This process was held up itself, by a slow callback or Ctrl-Z: that is nobody's silence.
+            for handle in self._workers:
+                handle.forgive(away)
         owes = self._owes()
         if not owes:
             raise PipelineError(f"the run is locked up, no worker owes anything: {self._status()}")
         for index, debt in owes.items():
             handle = self._workers[index]
             silent = now - handle.contact
-            if silent > self._timeout_s:
-                raise StallError(
-                    handle.name,
-                    f"worker {handle.name!r} is stuck: silent for {silent:.1f} s, it owes {debt}",
-                )
+            how = f"silent for {silent:.1f} s" if silent > self._timeout_s else self._fruitless(index, now)
+            if how and not handle.has_news():  # what lies in its pipe is heard next
+                raise StallError(handle.name, f"worker {handle.name!r} is stuck: {how}, it owes {debt}")
         if self.on_tick is not None and self._scheduler is not None:
             self.on_tick(self._status())
+
+    def _fruitless(self, worker: int, now: float) -> str:
+        """How long a rollout worker has decoded without an end; "" if that is all right.
+
+        Every step brings each active sequence one token on, of its prompt at worst, so the steps
+        between two finished ones are bounded; however slow, an engine that keeps to it is not stuck.
+        """
+        if worker >= len(self._harvests):
+            return ""
+        last = self._harvests[worker]
+        steps, seconds = self.meter.rollout[worker].steps - last.steps, now - last.at
+        if steps <= self.config.max_prompt_tokens + self.config.max_response_tokens or seconds <= self._timeout_s:
+            return ""
+        return f"{steps} decode steps in {seconds:.1f} s without finishing a sequence"
 
     def _owes(self) -> dict[int, str]:
         """What each worker that has work to do must deliver next."""
@@ -306,3 +354,9 @@ class Supervisor:
             staleness_max=self.meter.staleness_max,
             refused=scheduler.refused,
         )
+
+
+def _clean_up(checkpoint: Path) -> None:
+    """Remove half a checkpoint; that the disk refuses must not hide why the run ended."""
+    with suppress(OSError):
+        clean_up(checkpoint)

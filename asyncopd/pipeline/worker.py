@@ -110,20 +110,28 @@ def _die_with_parent() -> None:
 
 
 class Stopwatch:
-    """Adds the time inside a ``with`` block to one field of the stats."""
+    """Adds the wall time inside a ``with`` block to one field of the stats.
 
-    __slots__ = ("_context", "_field", "_since")
+    Of work (``busy_s``) also the CPU time, to ``cpu_s``: with fewer cores than busy workers, wall time
+    alone would count the waiting for a core as work.
+    """
+
+    __slots__ = ("_context", "_cpu_since", "_field", "_since")
 
     def __init__(self, context: Context, field: str) -> None:
         self._context = context
         self._field = field
         self._since = 0.0
+        self._cpu_since = 0.0
 
     def __enter__(self) -> None:
         self._since = time.perf_counter()
+        self._cpu_since = time.process_time()
 
     def __exit__(self, *_: object) -> None:
         # Start may have come inside the block: the stats are new then, and count from there.
         stats = self._context.stats
         elapsed = time.perf_counter() - max(self._since, self._context.started)
         setattr(stats, self._field, getattr(stats, self._field) + elapsed)
+        if self._field == "busy_s":  # never around Start
+            stats.cpu_s += time.process_time() - self._cpu_since

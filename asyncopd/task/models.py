@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedModel, Qwen3Config
 
+from asyncopd.checkpoints import load_model
 from asyncopd.task.railway import DIRECTION_ID, EOS_ID, PAD_ID, VOCAB_SIZE
 
 ASSETS = Path(__file__).parent / "assets"
@@ -37,17 +37,11 @@ def student_config() -> Qwen3Config:
     return _config(layers=2, width=96, heads=3)
 
 
-def load_teacher() -> Qwen3ForCausalLM:
+def load_teacher() -> PreTrainedModel:
     """The shipped teacher (bf16 weights) in fp32."""
-    return _load("teacher")
+    return load_model(ASSETS / "teacher")
 
 
-def load_student() -> Qwen3ForCausalLM:
+def load_student() -> PreTrainedModel:
     """The shipped student, after its warm-up (bf16 weights), in fp32."""
-    return _load("student")
-
-
-def _load(name: str) -> Qwen3ForCausalLM:
-    return Qwen3ForCausalLM.from_pretrained(
-        ASSETS / name, dtype=torch.float32, local_files_only=True, use_safetensors=True
-    )
+    return load_model(ASSETS / "student")

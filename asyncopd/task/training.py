@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from asyncopd.checkpoints import save_model
 from asyncopd.task.batches import PROMPT, broken_walks, right_answers
 from asyncopd.task.models import student_config, teacher_config
 from asyncopd.task.railway import PAD_ID, RailwayTask, problems
@@ -93,5 +95,5 @@ def _fit(
             schedule.step()
             losses.append(loss.item())
             bar.update(shown, advance=1, loss=sum(losses[-50:]) / len(losses[-50:]))
-    model.to(torch.bfloat16).save_pretrained(output)
+    save_model(model.to(torch.bfloat16), Path(output))
     return losses

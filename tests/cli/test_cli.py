@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from transformers import Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
 
 from asyncopd.cli import display
@@ -22,7 +26,7 @@ SMALL = [
     *("--set", "schedule.batch_size=4"),
     *("--set", "schedule.sequences_per_slot=2"),
     *("--set", "engine.max_response_tokens=8"),
-    *("--set", "eval.problems=8"),
+    *("--set", "eval.answers=8"),
 ]
 
 
@@ -89,9 +93,9 @@ def test_doctor_says_what_works_and_why_not() -> None:
 
 
 def test_eval_prints_accuracy_with_its_error() -> None:
-    result = CliRunner().invoke(app, ["eval", "student", "--problems", "20"])
+    result = CliRunner().invoke(app, ["eval", "student", "--answers", "20"])
     assert result.exit_code == 0, result.output
-    assert "of 20 held-out problems right" in result.output.replace("\n", " ")
+    assert "of 20 answers to 20 held-out problems right" in result.output.replace("\n", " ")
 
 
 def test_version() -> None:
@@ -151,3 +155,54 @@ def test_live_display_shows_stages_staleness_and_loss() -> None:
     assert "hello" in text
     for word in ("rollout", "teacher", "learner", "150", "loss 0.5000", "max 2 of 4", "25 %"):
         assert word in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["eval", "MODEL"], {}, "got a vocabulary of 50"),
+        (["train", "--set", "run_dir=RUN", "--set", "schedule.num_slots=100000000"], {}, "lower num_slots"),
+        (["eval", "student", "--seed", "20000"], {}, "less than or equal to 16383"),
+        (["train", "--set", "run_dir=RUN"], {"ASYNCOPD_BACKEND": "cuda"}, "ASYNCOPD_BACKEND=cuda cannot run"),
+        (["nonsense"], {}, "No such command"),
+    ],
+)
+def test_user_errors_are_plain(
+    arguments: list[str], environment: dict[str, str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "head_dim": 32,
+    }
+    Qwen3ForCausalLM(Qwen3Config(vocab_size=50, **tiny)).save_pretrained(tmp_path / "model")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    places = {"MODEL": str(tmp_path / "model"), "run_dir=RUN": f"run_dir={tmp_path / 'run'}"}
+    done = run(*(places.get(argument, argument) for argument in arguments))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_interrupt_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "asyncopd", "train", "--set", f"run_dir={tmp_path / 'run'}"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 100
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)  # a terminal's Ctrl-C goes to the whole group
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted: every worker has been stopped" in errors
+    assert "Traceback" not in errors
+    deadline = time.monotonic() + 10
+    with pytest.raises(ProcessLookupError):  # multiprocessing's own tracker goes a moment after the rest
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.1)

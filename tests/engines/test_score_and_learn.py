@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from asyncopd.engines.learn import LossOptions, OpdLearner, OptimizerOptions
 from asyncopd.engines.packing import packs, predicting_states
 from asyncopd.engines.score import TeacherScorer
+from asyncopd.losses import Correction
 from asyncopd.pipeline.protocols import Rollout
 from asyncopd.pipeline.slots import SlotView
 
@@ -145,7 +146,7 @@ def test_options_reach_the_loss(student: PreTrainedModel, teacher: PreTrainedMod
             "reverse": {"baseline": "none"},
             "forward": {"kind": "forward_kl"},
             "bucket": {"baseline": "none", "tail": "bucket"},
-            "sampled": {"normalize": "sampled"},
+            "renormalize": {"baseline": "none", "tail": "renormalize"},
         }.items()
     }
     assert len({round(loss, 4) for loss in losses.values()}) == 4
@@ -162,3 +163,28 @@ def test_gradient_that_is_not_finite_ends_the_run(student: PreTrainedModel, teac
     slot.teacher_logprobs.fill_(torch.nan)
     with pytest.raises(RuntimeError, match="non-finite"):
         make_learner(student, "token").step([(slot, [0, 1])])
+
+
+def test_m2po_spends_one_budget_over_the_batch_however_it_is_packed(teacher: PreTrainedModel) -> None:
+    slot, _ = scored_slot(make_model(0), teacher, "samples", 6, 0)
+    slot.log_weights.add_(torch.linspace(-1.0, 1.0, slot.num_response_tokens)[:, None])  # graded staleness
+    gradients = []
+    for packed in (1000, 20):
+        model = make_model(0)
+        loss = {"baseline": "none", "correction": Correction(m2_budget=0.04)}
+        make_learner(model, "samples", packed, **loss).step([(slot, [0, 1, 2]), (slot, [3, 4, 5, 6])])
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-5, rtol=1e-3)
+
+
+def test_learning_rate_warms_up_from_the_first_step_and_decays(student: PreTrainedModel) -> None:
+    options = OptimizerOptions(
+        lr=1.0, betas=(0.9, 0.99), weight_decay=0.0, grad_clip=1.0, warmup_steps=3, min_lr_ratio=0.1, total_steps=13
+    )
+    learner = OpdLearner(
+        student, draw="token", loss=LossOptions(), optimizer=options, temperature=1.0, max_packed_tokens=100
+    )
+    shares = [learner._lr_share(step) for step in range(13)]
+    assert shares[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert shares[3:] == sorted(shares[3:], reverse=True)
+    assert 0.1 < shares[-1] < 0.15

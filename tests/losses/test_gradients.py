@@ -26,7 +26,7 @@ TRUE_DERIVATIVES: list[tuple[str, Any, dict[str, Any]]] = [
     ("teacher_top_k", reverse_kl, {"tail": "renormalize"}),
     ("samples", reverse_kl, {"normalize": "sampled"}),
     ("head_tail", reverse_kl, {"normalize": "sampled", "baseline": "mean"}),
-    ("teacher_top_k", reverse_kl, {"normalize": "sampled"}),
+    ("full", reverse_kl, {"normalize": "sampled"}),
     ("full", forward_kl, {}),
     ("samples", forward_kl, {}),
     ("teacher_samples", forward_kl, {}),

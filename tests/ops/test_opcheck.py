@@ -36,8 +36,10 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("gather_logprobs_backward", (f32(N, K), f32(N, V), LSE, IDS, 0.7)),
     *((name, (f32(N, H), f32(V, H), IDS, *head)) for name in ("linear_gather_logprobs", "linear_gather_logits")
       for head in (PLAIN, FULL)),
-    *(("linear_gather_logprobs_backward", (f32(N, K), f32(N, H), f32(V, H), LSE, IDS, *h)) for h in (PLAIN, FULL)),
-    *(("linear_gather_logits_backward", (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, *h)) for h in (PLAIN, FULL)),
+    *(("linear_gather_logprobs_backward", (f32(N, K), f32(N, H), f32(V, H), LSE, IDS, *h, h is FULL))
+      for h in (PLAIN, FULL)),
+    *(("linear_gather_logits_backward", (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, *h, h is FULL))
+      for h in (PLAIN, FULL)),
     ("linear_logsumexp", (f32(N, H), f32(V, H), *FULL)),
     ("reverse_kl", (*REVERSE, None, "exact", "drop", "none", True, False, *NO_CORRECTION)),
     ("reverse_kl", (*REVERSE, MASK, "sampled", "drop", "loo", False, True, "behavior", None, 0.2, None, LOGQ, 5.0)),

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import current_process
@@ -39,10 +40,13 @@ class Fake:
     load_s: float = 0.0
     slow_worker: str = ""  # its decode step takes slow_s
     slow_s: float = 0.0
-    faults: dict[str, str] | None = None  # raise, exit, kill, hang, start, slow start
+    faults: dict[str, str] | None = None  # raise, exit, kill, hang, endless, start, slow start
     fault_after: int = 3  # calls that go well
     log: str = ""  # the learner notes here what it consumes
     mark: str = ""  # a file touched right before going wrong
+    save_s: float = 0.0
+    tensors: bool = False  # the learner's metrics are tensors
+    bare: bool = False  # the learner has no weights
 
     def sleep(self, seconds: float) -> None:
         time.sleep(self.slow_s if current_process().name == self.slow_worker else seconds)
@@ -74,6 +78,16 @@ class Fault:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.kind == "hang":
             time.sleep(3600)
+
+
+def memfds(pid: int | str = "self") -> set[int]:
+    """The inodes of the pipeline's shared memory that a process has open."""
+    found = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            if "memfd:asyncopd" in os.readlink(entry):
+                found.add(entry.stat().st_ino)
+    return found
 
 
 def prompt_of(uid: int) -> list[int]:
@@ -118,6 +132,8 @@ class FakeRollout:
         self.fake.sleep(self.fake.decode_s)
         for _, versions in self.running:
             versions.append(self.version)
+        if self.fault.kind == "endless" and self.fault.left < 0:
+            return []
         done = [r for r in self.running if len(r[1]) == length_of(r[0].uid, self.fake.longest)]
         self.running = [r for r in self.running if r not in done]
         return [self.finish(request, versions) for request, versions in done]
@@ -162,7 +178,7 @@ class FakeLearner:
         self.version = 0
 
     def weight_spec(self) -> list[TensorSpec]:
-        return specs_of(weights_of(0))
+        return [] if self.fake.bare else specs_of(weights_of(0))
 
     def named_weights(self) -> dict[str, Tensor]:
         return weights_of(self.version)
@@ -174,7 +190,8 @@ class FakeLearner:
             for index in indices:
                 self.check(slot, index)
         self.version += 1
-        return {"loss": 1.0 / self.version}
+        loss: Any = 1.0 / self.version
+        return {"loss": torch.tensor(loss, requires_grad=True) if self.fake.tensors else loss}
 
     def check(self, slot: SlotView, index: int) -> None:
         """The sequence is what its uid says, whole, and scored."""
@@ -194,6 +211,10 @@ class FakeLearner:
                 file.write(line + "\n")
 
     def save(self, path: str) -> None:
+        Path(path).write_text("half")
+        if self.fake.mark:
+            Path(self.fake.mark).touch()
+        time.sleep(self.fake.save_s)
         Path(path).write_text(str(self.version))
 
 

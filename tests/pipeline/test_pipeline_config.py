@@ -30,11 +30,22 @@ def test_every_field_is_described() -> None:
 
 
 def test_derived_slots_hold_everything_that_pacing_admits() -> None:
-    settings = config(max_staleness=4, rollout_workers=2)
-    assert settings.slot_count() >= 5 * 8 // 4 + 2
-    assert config(mode="sync", max_staleness=4).slot_count() < settings.slot_count()
-    spec = settings.slot_spec()
-    assert (spec.max_tokens, spec.max_response_tokens) == (4 * 13, 4 * 9)
+    """Sequences that nobody consumes yet, with a slot left to fill for each worker and one to spare.
+
+    Each of the eta + 1 batches may have come in full slots and one partly filled one of each worker.
+    """
+    for eta in range(5):
+        for workers in (1, 2, 3):
+            settings = config(max_staleness=eta, rollout_workers=workers)
+            taken = (eta + 1) * (8 // 4 + workers)
+            assert settings.slot_count() == taken + workers + 1
+            in_turn = config(mode="sync", max_staleness=eta, rollout_workers=workers)
+            assert in_turn.slot_count() == 8 // 4 + workers + workers + 1  # one batch, whatever eta
+
+
+def test_slot_holds_its_sequences_at_their_longest() -> None:
+    spec = config().slot_spec()
+    assert (spec.max_sequences, spec.max_tokens, spec.max_response_tokens) == (4, 4 * 13, 4 * 9)
 
 
 def test_factory_that_does_not_pickle_is_named() -> None:

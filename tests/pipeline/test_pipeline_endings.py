@@ -8,10 +8,12 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from pipeline_fakes import memfds
 
 SECONDS = 5.0  # "within seconds", on a busy machine
 
@@ -30,8 +32,17 @@ def marked(marker: str) -> list[int]:
     return found
 
 
-def shared_names() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+def shared_memory(pids: Iterable[int | str]) -> set[int]:
+    """What these processes have open of the pipeline's shared memory."""
+    found: set[int] = set()
+    for pid in pids:
+        with suppress(OSError):  # gone, or not ours to look at
+            found |= memfds(pid)
+    return found
+
+
+def everybody() -> list[str]:
+    return [entry.name for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 
 
 def interrupt(process: subprocess.Popen[str]) -> None:
@@ -52,7 +63,7 @@ ENDINGS: list[tuple[str, str, Callable[[subprocess.Popen[str]], None]]] = [
 
 @pytest.mark.parametrize(("when", "end"), [e[1:] for e in ENDINGS], ids=[e[0] for e in ENDINGS])
 def test_end_of_the_supervisor_leaves_nothing(when: str, end: Callable[[subprocess.Popen[str]], None]) -> None:
-    marker, names = f"pipeline-{uuid.uuid4()}", shared_names()
+    marker = f"pipeline-{uuid.uuid4()}"
     root = str(Path(__file__).parents[2])
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("pipeline_script.py")), when],
@@ -71,6 +82,8 @@ def test_end_of_the_supervisor_leaves_nothing(when: str, end: Callable[[subproce
     if when == "started":
         time.sleep(0.5)  # its children are importing
     assert len(marked(marker)) >= 4
+    memory = shared_memory(marked(marker))
+    assert len(memory) == 2  # slots and weights
     end(process)
     process.stdout.close()
     begin = time.monotonic()
@@ -79,7 +92,7 @@ def test_end_of_the_supervisor_leaves_nothing(when: str, end: Callable[[subproce
         time.sleep(0.05)
     assert marked(marker) == []
     assert time.monotonic() - begin < SECONDS
-    assert shared_names() <= names
+    assert not memory & shared_memory(everybody())
     assert process.stderr is not None
     errors = process.stderr.read()
     process.stderr.close()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import re
 import signal
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline_fakes import Fake, config, factories, prompt_of
+from pipeline_fakes import Fake, config, factories, memfds, prompt_of
 
-from asyncopd.pipeline import StallError, WorkerError, run_pipeline
+from asyncopd.pipeline import StallError, WorkerError, processes, run_pipeline, supervisor
 
 pytestmark = pytest.mark.usefixtures("quick_start")
 
@@ -28,6 +31,7 @@ def fail(tmp_path: Path, worker: str, kind: str, **changes: Any) -> tuple[Except
     with pytest.raises((WorkerError, StallError)) as caught:
         run_pipeline(config(steps=1000, **changes), **factories(fake))
     assert mp.active_children() == []
+    assert memfds() == set()
     return caught.value, time.time() - mark.stat().st_mtime
 
 
@@ -86,6 +90,70 @@ def test_long_decode_that_shows_progress_is_not_stuck() -> None:
     fake = Fake(slow_worker="rollout-0", slow_s=0.25)
     result = run_pipeline(config(steps=1, stall_timeout_s=1.0), **factories(fake))
     assert result.wall_seconds > 1.0
+
+
+def test_engine_that_steps_and_never_finishes_is_named(tmp_path: Path) -> None:
+    """Its heartbeats say that it steps, not that anything will come of it."""
+    error, seconds = fail(tmp_path, "rollout-0", "endless", stall_timeout_s=1.0)
+    assert isinstance(error, StallError)
+    text = r"'rollout-0' is stuck: \d+ decode steps in .* s without finishing a sequence, it owes \d+ seq"
+    assert re.search(text, str(error))
+    assert seconds < 1.0 + SECONDS
+
+
+def test_slow_callback_is_not_a_silent_worker() -> None:
+    def on_step(metrics: dict[str, float]) -> None:
+        if metrics["step"] == 2:
+            time.sleep(1.6)
+
+    fakes = factories(Fake(step_s=0.01, score_s=0.03))
+    result = run_pipeline(config(steps=20, max_staleness=4, stall_timeout_s=1.0), **fakes, on_step=on_step)
+    assert result.steps == 20
+
+
+def test_learner_without_weights_is_named() -> None:
+    with pytest.raises(WorkerError, match=r"'learner' has no weights to publish: its weight_spec\(\) is empty"):
+        run_pipeline(config(), **factories(Fake(bare=True)))
+    assert mp.active_children() == []
+
+
+def test_second_interrupt_while_stopping_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def on_step(metrics: dict[str, float]) -> None:
+        raise KeyboardInterrupt
+
+    def stop(handles: Sequence[processes.WorkerHandle], *, gently: bool) -> None:
+        with processes.interrupts_deferred():  # it comes while the workers are being stopped
+            signal.raise_signal(signal.SIGINT)
+            processes.stop_workers(handles, gently=gently)
+
+    monkeypatch.setattr(supervisor, "stop_workers", stop)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run_pipeline(config(), **factories(Fake()), on_step=on_step)
+    assert mp.active_children() == []
+    assert memfds() == set()  # while the traceback still holds everything
+    assert caught.value.__context__ is not None
+
+
+@pytest.mark.parametrize("end", ["timeout", "interrupt"])
+def test_save_that_is_cut_off_leaves_the_old_checkpoint_alone(tmp_path: Path, end: str) -> None:
+    folder, mark = tmp_path / "run", tmp_path / "mark"
+    folder.mkdir()
+    (folder / "checkpoint").write_text("old")
+    fakes = factories(Fake(save_s=3600, mark=str(mark)))
+    patience = {"stall_timeout_s": 0.9} | ({"startup_timeout_s": 8.0} if end == "timeout" else {})
+
+    def interrupt() -> None:
+        while not mark.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    if end == "interrupt":
+        threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(StallError if end == "timeout" else KeyboardInterrupt) as caught:
+        run_pipeline(config(steps=2, **patience), **fakes, checkpoint=folder / "checkpoint")
+    assert end == "interrupt" or "'learner' is stuck: silent for 8" in str(caught.value)
+    assert mark.exists()
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {"checkpoint": "old"}
 
 
 @pytest.mark.parametrize("worker", ROLES)

@@ -41,6 +41,7 @@ def make(
 
 
 def granted(scheduler: Scheduler) -> dict[int, list[int]]:
+    scheduler.refuse_expired()
     return {w: [r.uid for r in rs] for w, rs in scheduler.prompts_to_grant()}
 
 
@@ -182,8 +183,10 @@ def test_expired_sequences_are_refused_and_their_prompts_queued_again() -> None:
     assert slot is not None
     ages = [0, 1, 0, 2]
     scheduler.slot_filled(0, slot, [SequenceInfo(u, v, 5, None) for u, v in enumerate(ages)])
-    score_all(scheduler)
+    assert scheduler.refused == 0  # in the decisions nothing is refused
+    scheduler.refuse_expired()
     assert scheduler.refused == 2
+    score_all(scheduler)
     again = granted(scheduler)[0]
     assert again[:2] == [0, 2]  # before new ones
     hand_in(scheduler, 0, [4, 5, 6, 7], version=2)
@@ -198,6 +201,7 @@ def test_slot_of_nothing_but_expired_sequences_is_freed_unscored() -> None:
     granted(scheduler)
     hand_in(scheduler, 0, [0, 1, 2, 3], version=0)
     scheduler.version = 1
+    scheduler.refuse_expired()
     assert scheduler.slot_to_score() is None
     assert scheduler.refused == 4
     assert scheduler.outstanding == 0
@@ -285,6 +289,7 @@ class Simulation:
         pytest.fail(f"the run locked up: {self.scheduler.slot_states()}")
 
     def dispatch(self) -> None:
+        self.scheduler.refuse_expired()
         self.scheduler.slots_to_fill()
         for worker, requests in self.scheduler.prompts_to_grant():
             version = self.loaded[worker]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing as mp
+from typing import Any
 
 import pytest
 import torch
-from pipeline_fakes import support_of
+from pipeline_fakes import Fake, config, factories, memfds, support_of
 
-from asyncopd.pipeline import Rollout, SlotArena, SlotSpec
+from asyncopd.pipeline import Rollout, SlotArena, SlotSpec, run_pipeline
 from asyncopd.pipeline import shared as shared_module
 from asyncopd.pipeline.shared import ALIGNMENT, SharedBytes
 
@@ -139,6 +140,40 @@ def test_too_little_memory_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         SharedBytes().resize(3 * 2**20, holds="5 slots", lower="num_slots")
 
 
+def test_memory_that_others_were_promised_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has written to the slots yet, so the machine counts their pages as available."""
+    monkeypatch.setattr(shared_module, "available_memory", lambda: 10 * 2**20)
+    slots, weights = SharedBytes(), SharedBytes()
+    slots.resize(7 * 2**20, holds="slots", lower="num_slots")
+    with pytest.raises(MemoryError, match="7 MiB of shared memory, and 3 MiB are available besides 7 MiB that are"):
+        weights.resize(7 * 2**20, holds="weights", lower="the student", reserved=7 * 2**20)
+    weights.resize(3 * 2**20, holds="weights", lower="the student", reserved=7 * 2**20)
+
+
+@pytest.mark.usefixtures("quick_start")
+def test_run_checks_slots_and_weights_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    resize = SharedBytes.resize
+
+    def spy(memory: SharedBytes, nbytes: int, **words: Any) -> None:
+        seen.append((nbytes, words.get("reserved", 0)))
+        resize(memory, nbytes, **words)
+
+    monkeypatch.setattr(SharedBytes, "resize", spy)
+    run_pipeline(config(steps=1), **factories(Fake()))
+    (slots, nothing), (_, reserved) = seen
+    assert (nothing, reserved) == (0, slots)
+
+
+def test_memory_is_given_back_without_close() -> None:
+    before = memfds()
+    memory = SharedBytes()
+    ours = memfds() - before
+    assert len(ours) == 1
+    del memory
+    assert not ours & memfds()
+
+
 def test_platform_without_memfd_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(shared_module.os, "memfd_create")
     with pytest.raises(RuntimeError, match="only Linux has"):
@@ -153,5 +188,7 @@ def test_available_memory_minds_the_control_group(monkeypatch: pytest.MonkeyPatc
     }
     monkeypatch.setattr(shared_module, "_read", lambda path: files.get(path, ""))
     assert shared_module.available_memory() == 400_000
+    files["/sys/fs/cgroup/memory.stat"] = "anon 20000\ninactive_file 70000\nactive_file 5"
+    assert shared_module.available_memory() == 470_000  # clean cache makes room
     files["/sys/fs/cgroup/memory.max"] = "max"
     assert shared_module.available_memory() == 1_024_000

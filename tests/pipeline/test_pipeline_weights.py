@@ -1,15 +1,12 @@
-"""Double-buffered weights, the hazard rule, and the checkpoint's rename."""
+"""Double-buffered weights and the hazard rule."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from pipeline_fakes import Fake, FakeLearner, weights_of
+from pipeline_fakes import weights_of
 
 from asyncopd.pipeline import WeightSegment, specs_of
-from asyncopd.pipeline.learner_worker import save_atomically
 from asyncopd.pipeline.weights import WeightBuffers
 
 
@@ -62,32 +59,3 @@ def test_acknowledging_a_newer_version_lets_go_of_a_skipped_one() -> None:
     buffers.acknowledged(0, 1)
     assert not buffers.owed_by(0)
     assert buffers.free() == 0  # the older one
-
-
-class FolderLearner(FakeLearner):
-    def save(self, path: str) -> None:
-        Path(path).mkdir()
-        (Path(path) / "weights").write_text(str(self.version))
-        if self.version == 3:
-            raise OSError("disk full")
-
-
-def test_checkpoint_is_whole_or_the_old_one(tmp_path: Path) -> None:
-    learner, path = FolderLearner(Fake()), tmp_path / "run" / "checkpoint"
-    for version in (1, 2):
-        learner.version = version
-        save_atomically(learner, path)
-        assert (path / "weights").read_text() == str(version)
-    learner.version = 3
-    with pytest.raises(OSError, match="disk full"):
-        save_atomically(learner, path)
-    assert (path / "weights").read_text() == "2"
-    assert [p.name for p in path.parent.iterdir()] == ["checkpoint"]
-
-
-def test_checkpoint_file_replaces_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "checkpoint"
-    path.write_text("old")
-    save_atomically(FakeLearner(Fake()), path)
-    assert path.read_text() == "0"
-    assert list(tmp_path.iterdir()) == [path]

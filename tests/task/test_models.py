@@ -17,7 +17,7 @@ TASK = RailwayTask()
 
 def test_teacher_is_right_on_held_out_problems_and_the_student_clearly_worse() -> None:
     teacher, student = load_teacher(), load_student()
-    right, wrong = (evaluate(model, TASK, problems=302, places=151) for model in (teacher, student))
+    right, wrong = (evaluate(model, TASK, answers=302, places=151) for model in (teacher, student))
     assert right.share >= 0.95
     assert wrong.share < 0.6
     assert student.num_parameters() < 0.6 * teacher.num_parameters()

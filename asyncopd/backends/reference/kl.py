@@ -116,7 +116,8 @@ def reverse_kl(
         low, high = _clip_bounds(clip_eps, m2_budget, log_ratio, centred, t.valid)
         # A loss falls as its advantage -(A - b) is followed; the clip binds where the ratio already went that way.
         binds = ((centred < 0) & (log_ratio > high)) | ((centred > 0) & (log_ratio < low))
-        value = torch.where(binds, omega * torch.exp(log_ratio.clamp(low, high) - log_ratio), omega)
+        clipped = log_ratio.clamp(min=low).clamp(max=high)
+        value = torch.where(binds, omega * torch.exp(clipped - log_ratio), omega)
         omega = omega.masked_fill(binds, 0.0)
 
     loss = _sum((value * signal).masked_fill(value == 0, 0.0))
@@ -169,11 +170,10 @@ def _baseline(kind: str, omega: Tensor, signal: Tensor, t: _Terms, head_is_certa
 
 def _clip_bounds(
     clip_eps: float | None, m2_budget: float | None, log_ratio: Tensor, centred: Tensor, valid: Tensor
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | float, Tensor | float]:
     """Bounds of the log-ratio: PPO's fixed log(1 -+ eps), or M2PO's +-tau that spends the second-moment budget."""
     if clip_eps is not None:
-        low = math.log1p(-clip_eps) if clip_eps < 1 else -math.inf
-        return log_ratio.new_tensor(low), log_ratio.new_tensor(math.log1p(clip_eps))
+        return math.log1p(-clip_eps) if clip_eps < 1 else -math.inf, math.log1p(clip_eps)
     assert m2_budget is not None
     bindable = valid & (((centred < 0) & (log_ratio > 0)) | ((centred > 0) & (log_ratio < 0)))
     tau = second_moment_threshold(log_ratio, bindable, m2_budget)
@@ -192,13 +192,12 @@ def second_moment_threshold(log_ratio: Tensor, bindable: Tensor, budget: float) 
     inside = rank < n
     d0 = d.masked_fill(~inside, 0.0)
     before = d0.cumsum(0) - d0
-    t = (n * budget - before) / (n - rank).clamp(min=1)
+    t = (n.to(d.dtype) * budget - before) / (n - rank).clamp(min=1)
+    # The first that is reached; none if the budget is not exhausted. (An index tensor would be read back: .item().)
     reached = inside & (t <= d)
-    # argmax finds the first True; without one the budget is not exhausted.
-    first = reached.to(torch.uint8).argmax() if d.numel() else rank.sum()
-    found = reached.any()
-    tau_squared = t[first] if d.numel() else d0.sum()
-    return torch.where(found, tau_squared.clamp(min=0), torch.inf).sqrt()
+    first = reached & (reached.cumsum(0) == 1)
+    tau_squared = torch.where(first, t, 0.0).sum().clamp(min=0)
+    return torch.where(reached.any(), tau_squared, torch.inf).sqrt()
 
 
 def _check_weights(t: _Terms, tail: str, needs_policy: bool) -> None:
@@ -232,7 +231,9 @@ def _true_reverse_kl(t: _Terms, tail: str) -> tuple[Tensor, Tensor]:
         p = torch.exp(t.log_p - log_mass).masked_fill(t.log_p == -torch.inf, 0.0)
         signal = _log_ratio(t.log_p, log_q) - (log_mass - _log_mass(log_q))
         rest = torch.zeros_like(log_mass)
-        pull = _sum((p * signal).masked_fill((p == 0) | (signal == torch.inf), 0.0))
+        # Over what has a gradient, so that the coefficients sum to 0 whatever is left out.
+        kept = p.masked_fill(signal == torch.inf, 0.0)
+        pull = _sum((kept * signal).masked_fill(kept == 0, 0.0)) / _sum(kept).clamp(min=torch.finfo(p.dtype).tiny)
     loss = _sum((p * signal).masked_fill(p == 0, 0.0)) + rest
     coef = p * (signal - pull)
     used = t.valid.any(dim=1, keepdim=True)
@@ -261,7 +262,9 @@ def forward_kl(
         log_p = (log_p - _log_mass(log_p)).masked_fill(log_p == -torch.inf, -torch.inf)
         log_q = (log_q - _log_mass(log_q)).masked_fill(log_q == -torch.inf, -torch.inf)
         omega = torch.exp(log_q)
-        coef = torch.exp(log_p) - omega
+        # The teacher's share of what the student can reach: the coefficients sum to 0 whatever is left out.
+        kept = omega.masked_fill(log_p == -torch.inf, 0.0)
+        coef = torch.exp(log_p) - kept / _sum(kept).clamp(min=torch.finfo(omega.dtype).tiny)
     loss = _sum((omega * _log_ratio(log_q, log_p)).masked_fill(omega == 0, 0.0)) + rest
     used = t.valid.any(dim=1, keepdim=True)
     impossible = t.log_p == -torch.inf  # a probability of 0 has no gradient to follow; pads and masked rows too

@@ -93,6 +93,24 @@ def _silence(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     return torch.where(mask[:, None], hidden, 0), torch.where(mask[:, None], ids, -1)
 
 
+def _rows_with_gradient(grad: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows that take part in the backward: one that the caller dropped is 0, whatever its hidden state holds."""
+    used = (grad != 0).any(dim=1)
+    return used if mask is None else used & mask
+
+
+def _empty_gradients(
+    hidden: Tensor, head: Head, dtype: torch.dtype, need_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Zeros for dH [N, H], dW [V, H] and db [V]. A frozen head, whose gradient nobody wants, gets no [V, H] tensor."""
+    vocab, width = head.weight.shape
+    return (
+        torch.zeros(hidden.shape, dtype=dtype, device=hidden.device),
+        torch.zeros(vocab if need_weight else 0, width, dtype=dtype, device=hidden.device),
+        torch.zeros(0 if head.bias is None else vocab, dtype=dtype, device=hidden.device),
+    )
+
+
 def linear_gather_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -130,13 +148,13 @@ def linear_gather_logprobs_backward(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad [N, K] -> gradients of hidden [N, H], weight [V, H] and bias [V] (all zero without one)."""
+    """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one)."""
     head = Head(weight, bias, temperature, logit_scale, softcap)
     dtype = lse.dtype
-    dhidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    dweight = torch.zeros(weight.shape, dtype=dtype, device=hidden.device)
-    dbias = torch.zeros(weight.shape[0], dtype=dtype, device=hidden.device)
+    dhidden, dweight, dbias = _empty_gradients(hidden, head, dtype, need_weight)
+    mask = _rows_with_gradient(grad, mask)
     valid = _valid_rows(mask, hidden.shape[0], hidden.device)
     safe_hidden, ids = _silence(hidden, ids, mask)
     for chunk in head_chunks(valid.shape[0], weight.shape[0]):
@@ -146,7 +164,8 @@ def linear_gather_logprobs_backward(
         capped = z.clone() if softcap is not None else None
         dy = head.epilogue_gradient(logits_gradient(grad[rows], z, lse[rows], ids[rows]), capped)
         dhidden[rows] = head.times_weight(dy)
-        dweight.addmm_(dy.t(), h)
+        if need_weight:
+            dweight.addmm_(dy.t(), h)
         if bias is not None:
             dbias += dy.sum(dim=0)
     return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
@@ -204,13 +223,13 @@ def linear_gather_logits_backward(
     temperature: float,
     logit_scale: float,
     softcap: float | None,
+    need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad [N, K] -> gradients of hidden, weight and bias (an SpMM each): rows of W that no id names get exactly 0."""
+    """As above from the K scores alone (an SpMM each): rows of W that no id names get exactly 0."""
     head = Head(weight, bias, temperature, logit_scale, softcap)
     dtype = logits.dtype
-    dhidden = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-    dweight = torch.zeros(weight.shape, dtype=dtype, device=hidden.device)
-    dbias = torch.zeros(weight.shape[0], dtype=dtype, device=hidden.device)
+    dhidden, dweight, dbias = _empty_gradients(hidden, head, dtype, need_weight)
+    mask = _rows_with_gradient(grad, mask)
     valid = _valid_rows(mask, hidden.shape[0], hidden.device)
     safe_hidden, ids = _silence(hidden, ids, mask)
     for chunk in row_chunks(valid.shape[0], ids.shape[1] * weight.shape[1]):
@@ -220,7 +239,8 @@ def linear_gather_logits_backward(
         dy = head.epilogue_gradient(grad[rows].to(dtype).masked_fill(ids[rows] < 0, 0.0), z)
         h = safe_hidden[rows].to(dtype)
         dhidden[rows] = torch.einsum("ck,ckh->ch", dy, weight[picked].to(dtype))
-        dweight.index_add_(0, picked.flatten(), (dy[:, :, None] * h[:, None, :]).flatten(0, 1))
+        if need_weight:
+            dweight.index_add_(0, picked.flatten(), (dy[:, :, None] * h[:, None, :]).flatten(0, 1))
         if bias is not None:
             dbias.index_add_(0, picked.flatten(), dy.flatten())
     return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)

@@ -34,9 +34,10 @@ def normalized(logits_at_ids: Tensor, lse: Tensor, ids: Tensor) -> Tensor:
     return logprobs.masked_fill(impossible | (ids < 0), -torch.inf)
 
 
-def check_ids_in_range(ids: Tensor, vocab_size: int, name: str = "ids") -> None:
-    """Refuse ids outside [-1, V). On a CPU this reads the data; elsewhere the gather's own device assert does it."""
+def check_ids_in_range(ids: Tensor, vocab_size: int, name: str = "ids", pads: bool = True) -> None:
+    """Refuse ids outside [0, V), or -1 where pads may be. Reads the data, so only on a CPU; else gather asserts."""
     if ids.device.type == "cpu" and ids.numel():
         low, high = int(ids.min()), int(ids.max())
-        if low < -1 or high >= vocab_size:
-            raise ValueError(f"{name}: got values from {low} to {high}, expected -1 (pad) or 0..{vocab_size - 1}")
+        if low < (-1 if pads else 0) or high >= vocab_size:
+            expected = f"-1 (pad) or 0..{vocab_size - 1}" if pads else f"0..{vocab_size - 1}"
+            raise ValueError(f"{name}: got values from {low} to {high}, expected {expected}")

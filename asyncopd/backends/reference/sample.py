@@ -11,7 +11,7 @@ from torch import Tensor
 
 from asyncopd.backends.reference.extract import top_ids
 from asyncopd.backends.reference.philox import uniforms
-from asyncopd.backends.reference.rows import compute_dtype, logprobs_at, row_chunks
+from asyncopd.backends.reference.rows import check_ids_in_range, compute_dtype, logprobs_at, row_chunks
 
 
 def sample_support(
@@ -50,12 +50,15 @@ def sample_support(
             drawn, rest_lse = _inverse_cdf(rest, u)
             if sampled_ids is not None:
                 token = sampled_ids[rows].long()
+                check_ids_in_range(token, vocab, "sampled_ids", pads=False)
                 _check_possible(z, token)
                 in_head = (ids[rows, :head] == token[:, None]).any(dim=1)
                 drawn[:, 0] = torch.where(in_head, drawn[:, 0], token)
             empty = (rest_lse == -torch.inf)[:, None]
             ids[rows, head:] = drawn.masked_fill(empty, -1)
             weights = rest_lse[:, None] - math.log(num_samples) - z.gather(1, drawn)
+            # Exactly 0 marks what was not drawn; a draw of weight 1 keeps its weight and does not look like one.
+            weights = torch.where(weights == 0, torch.finfo(dtype).tiny, weights)
             log_weights[rows, head:] = weights.masked_fill(empty, -torch.inf)
         logprobs[rows] = logprobs_at(z, lse[rows], ids[rows])
     return ids, log_weights, logprobs, lse
