@@ -6,6 +6,8 @@
 #include <cstdint>
 
 #include "cpu/gather.h"
+#include "cpu/isa.h"
+#include "cpu/support.h"
 #ifdef ASYNCOPD_WITH_CUDA
 #include "cuda/gather.h"
 #endif
@@ -25,6 +27,30 @@ int cpu_gather_logprobs(uintptr_t logits, int dtype, int64_t row_stride, uintptr
   return asyncopd_cpu_gather_logprobs(pointer<void>(logits), dtype, row_stride, pointer<void>(ids), id_type, rows,
                                       vocab, num_ids, inv_temperature, pointer<float>(logprobs), pointer<float>(lse),
                                       threads, isa);
+}
+
+int cpu_gather_logprobs_backward(uintptr_t grad, uintptr_t logits, int dtype, int64_t row_stride, uintptr_t lse,
+                                 uintptr_t ids, int id_type, int64_t rows, int64_t vocab, int64_t num_ids,
+                                 double inv_temperature, uintptr_t dlogits, int64_t out_stride, int threads, int isa) {
+  return asyncopd_cpu_gather_logprobs_backward(pointer<float>(grad), pointer<void>(logits), dtype, row_stride,
+                                               pointer<float>(lse), pointer<void>(ids), id_type, rows, vocab, num_ids,
+                                               inv_temperature, pointer<void>(dlogits), out_stride, threads, isa);
+}
+
+int cpu_topk_logprobs(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, int64_t k,
+                      double inv_temperature, uintptr_t ids, uintptr_t logprobs, uintptr_t lse, int threads, int isa) {
+  return asyncopd_cpu_topk_logprobs(pointer<void>(logits), dtype, row_stride, rows, vocab, k, inv_temperature,
+                                    pointer<int64_t>(ids), pointer<float>(logprobs), pointer<float>(lse), threads, isa);
+}
+
+int cpu_sample_support(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab,
+                       int64_t num_samples, int64_t head, int64_t seed, uintptr_t streams, uintptr_t sampled_ids,
+                       double inv_temperature, uintptr_t ids, uintptr_t log_weights, uintptr_t logprobs, uintptr_t lse,
+                       int threads, int isa) {
+  return asyncopd_cpu_sample_support(pointer<void>(logits), dtype, row_stride, rows, vocab, num_samples, head, seed,
+                                     pointer<int64_t>(streams), pointer<int64_t>(sampled_ids), inv_temperature,
+                                     pointer<int64_t>(ids), pointer<float>(log_weights), pointer<float>(logprobs),
+                                     pointer<float>(lse), threads, isa);
 }
 
 py::list cpu_isas() {
@@ -58,6 +84,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("dtype"), py::arg("row_stride"), py::arg("ids"), py::arg("id_type"), py::arg("rows"),
         py::arg("vocab"), py::arg("num_ids"), py::arg("inv_temperature"), py::arg("logprobs"), py::arg("lse"),
         py::arg("threads"), py::arg("isa") = -1);
+  m.def("cpu_gather_logprobs_backward", &cpu_gather_logprobs_backward, py::call_guard<py::gil_scoped_release>(),
+        py::arg("grad"), py::arg("logits"), py::arg("dtype"), py::arg("row_stride"), py::arg("lse"), py::arg("ids"),
+        py::arg("id_type"), py::arg("rows"), py::arg("vocab"), py::arg("num_ids"), py::arg("inv_temperature"),
+        py::arg("dlogits"), py::arg("out_stride"), py::arg("threads"), py::arg("isa") = -1);
+  m.def("cpu_topk_logprobs", &cpu_topk_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),
+        py::arg("dtype"), py::arg("row_stride"), py::arg("rows"), py::arg("vocab"), py::arg("k"),
+        py::arg("inv_temperature"), py::arg("ids"), py::arg("logprobs"), py::arg("lse"), py::arg("threads"),
+        py::arg("isa") = -1);
+  m.def("cpu_sample_support", &cpu_sample_support, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),
+        py::arg("dtype"), py::arg("row_stride"), py::arg("rows"), py::arg("vocab"), py::arg("num_samples"),
+        py::arg("head"), py::arg("seed"), py::arg("streams"), py::arg("sampled_ids"), py::arg("inv_temperature"),
+        py::arg("ids"), py::arg("log_weights"), py::arg("logprobs"), py::arg("lse"), py::arg("threads"),
+        py::arg("isa") = -1);
 #ifdef ASYNCOPD_WITH_CUDA
   m.attr("cuda") = true;
   m.def("cuda_gather_logprobs", &cuda_gather_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),

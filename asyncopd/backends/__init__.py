@@ -18,6 +18,9 @@ _MODULES = {
 }
 BACKENDS = tuple(_MODULES)
 _DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+# Chosen without being asked for, best first. The CUDA kernel has been compiled but not yet run on a device, so it is
+# used only when ASYNCOPD_BACKEND names it.
+_AUTOMATIC = ("cpu",)
 
 
 class BackendUnavailable(RuntimeError):
@@ -60,7 +63,7 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     forced = os.environ.get("ASYNCOPD_BACKEND")
     if forced:
         return _forced(forced, op, device)
-    for name in ("cpu",) if device.type == "cpu" else ("cuda", "triton"):
+    for name in _AUTOMATIC:
         if _DEVICE[name] != device.type or not has_op(name, op):
             continue
         reason = unavailable_reason(name)

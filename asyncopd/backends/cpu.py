@@ -1,7 +1,9 @@
 """The `cpu` backend: C++ kernels of csrc/cpu, compiled into `asyncopd._C`.
 
-`gather_logprobs` reads the logits once, whatever K is. fp32, bf16 and fp16 logits; all arithmetic on
-sums is fp32 inside a block of columns and fp64 across blocks.
+Every op is one call for all rows, uses `torch.get_num_threads()` threads, and gives the same bits whatever their
+number and whatever the batch. fp32, bf16 and fp16 logits, any row stride (rows whose elements are not contiguous are
+copied first); sums are fp32 inside a block of columns and fp64 across blocks. Each public function has the signature
+and the meaning of its namesake in the reference; the private one lets tests choose threads and instruction set.
 """
 
 import torch
@@ -13,7 +15,7 @@ except ImportError as error:  # a checkout that was never built, or built for an
     _C = None  # type: ignore[assignment]
     _import_error = str(error)
 
-# Codes of csrc/cpu/gather.h, shared with the CUDA backend.
+# Codes of csrc/cpu/codes.h, shared with the CUDA backend.
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ID_TYPE_CODES = {torch.int32: 0, torch.int64: 1}
 _OK, _BAD_ID = 0, 1
@@ -29,17 +31,42 @@ def unavailable_reason() -> str | None:
 def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """logits [N, V], ids [N, K] on the CPU -> fp32 log-probabilities [N, K] and LSE [N] of logits / temperature.
 
-    Pads (id -1) and -inf logits give -inf; a row with a NaN gives NaN. Uses `torch.get_num_threads()` threads, and
-    the result does not depend on their number. Any row stride is taken as it is; rows whose elements are not
-    contiguous are copied first. Raises ValueError for ids outside [-1, V).
+    Pads (id -1) and -inf logits give -inf; a row with a NaN gives NaN. One read of the logits, whatever K is.
+    Raises ValueError for ids outside [-1, V).
     """
     return _gather_logprobs(logits, ids, temperature)
+
+
+def gather_logprobs_backward(grad: Tensor, logits: Tensor, lse: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """grad [N, K] of the log-probabilities -> gradient [N, V] of the logits, in their dtype: one read, one write."""
+    return _gather_logprobs_backward(grad, logits, lse, ids, temperature)
+
+
+def topk_logprobs(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [N, V] -> ids int64 [N, k], log-probabilities [N, k], LSE [N]; one read of the logits and a little."""
+    return _topk_logprobs(logits, k, temperature)
+
+
+def sample_support(
+    logits: Tensor,
+    num_samples: int,
+    head: int,
+    seed: int,
+    streams: Tensor | None,
+    sampled_ids: Tensor | None,
+    temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [N, V] -> ids int64 [N, K], log-weights, log mu at the ids, LSE [N]; one read of the logits and a little.
+
+    The uniform numbers are the reference's bit for bit. So are the draws, unless a number falls within rounding
+    (about 1e-9) of a step of the cumulative distribution.
+    """
+    return _sample_support(logits, num_samples, head, seed, streams, sampled_ids, temperature)
 
 
 def _gather_logprobs(
     logits: Tensor, ids: Tensor, temperature: float, *, threads: int | None = None, isa: int = -1
 ) -> tuple[Tensor, Tensor]:
-    """As `gather_logprobs`; tests also choose the threads and the instruction set (`_C.cpu_isas()`)."""
     logits, ids = check_and_lay_out(logits, ids, temperature)
     (rows, vocab), num_ids = logits.shape, ids.shape[1]
     logprobs = torch.empty((rows, num_ids), dtype=torch.float32)
@@ -59,11 +86,160 @@ def _gather_logprobs(
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
     )
+    _raise_for_status(status, "gather_logprobs", vocab, isa)
+    return logprobs, lse
+
+
+def _gather_logprobs_backward(
+    grad: Tensor,
+    logits: Tensor,
+    lse: Tensor,
+    ids: Tensor,
+    temperature: float,
+    *,
+    threads: int | None = None,
+    isa: int = -1,
+) -> Tensor:
+    # The layout that autograd and torch.compile are told of; one without unit stride is written by way of a copy.
+    dlogits = torch.empty_like(logits)
+    logits, ids = check_and_lay_out(logits, ids, temperature)
+    (rows, vocab), num_ids = logits.shape, ids.shape[1]
+    if grad.shape != ids.shape or lse.shape != (rows,):
+        raise ValueError(f"grad, lse: got {list(grad.shape)}, {list(lse.shape)}, expected {list(ids.shape)}, [{rows}]")
+    grad, lse = grad.to(torch.float32).contiguous(), lse.to(torch.float32).contiguous()
+    out = dlogits if dlogits.stride(1) == 1 else torch.empty((rows, vocab), dtype=logits.dtype)
+    status = _C.cpu_gather_logprobs_backward(
+        grad=grad.data_ptr(),
+        logits=logits.data_ptr(),
+        dtype=DTYPE_CODES[logits.dtype],
+        row_stride=logits.stride(0),
+        lse=lse.data_ptr(),
+        ids=ids.data_ptr(),
+        id_type=ID_TYPE_CODES[ids.dtype],
+        rows=rows,
+        vocab=vocab,
+        num_ids=num_ids,
+        inv_temperature=1.0 / temperature,
+        dlogits=out.data_ptr(),
+        out_stride=out.stride(0),
+        threads=torch.get_num_threads() if threads is None else threads,
+        isa=isa,
+    )
+    _raise_for_status(status, "gather_logprobs_backward", vocab, isa)
+    return dlogits if out is dlogits else dlogits.copy_(out)
+
+
+def _topk_logprobs(
+    logits: Tensor, k: int, temperature: float, *, threads: int | None = None, isa: int = -1
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = _check_logits(logits, temperature)
+    rows, vocab = logits.shape
+    _check_within("k", k, vocab)
+    ids = torch.empty((rows, k), dtype=torch.int64)
+    logprobs = torch.empty((rows, k), dtype=torch.float32)
+    lse = torch.empty(rows, dtype=torch.float32)
+    status = _C.cpu_topk_logprobs(
+        logits=logits.data_ptr(),
+        dtype=DTYPE_CODES[logits.dtype],
+        row_stride=logits.stride(0),
+        rows=rows,
+        vocab=vocab,
+        k=k,
+        inv_temperature=1.0 / temperature,
+        ids=ids.data_ptr(),
+        logprobs=logprobs.data_ptr(),
+        lse=lse.data_ptr(),
+        threads=torch.get_num_threads() if threads is None else threads,
+        isa=isa,
+    )
+    _raise_for_status(status, "topk_logprobs", vocab, isa)
+    return ids, logprobs, lse
+
+
+def _sample_support(
+    logits: Tensor,
+    num_samples: int,
+    head: int,
+    seed: int,
+    streams: Tensor | None,
+    sampled_ids: Tensor | None,
+    temperature: float,
+    *,
+    threads: int | None = None,
+    isa: int = -1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    logits = _check_logits(logits, temperature)
+    rows, vocab = logits.shape
+    _check_within("head", head, vocab)
+    # Contiguous int64, kept alive until the kernel returns.
+    streams, sampled_ids = _row_vector("seed", streams, rows), _row_vector("sampled_ids", sampled_ids, rows)
+    ids = torch.empty((rows, head + num_samples), dtype=torch.int64)
+    log_weights = torch.empty(ids.shape, dtype=torch.float32)
+    logprobs = torch.empty(ids.shape, dtype=torch.float32)
+    lse = torch.empty(rows, dtype=torch.float32)
+    status = _C.cpu_sample_support(
+        logits=logits.data_ptr(),
+        dtype=DTYPE_CODES[logits.dtype],
+        row_stride=logits.stride(0),
+        rows=rows,
+        vocab=vocab,
+        num_samples=num_samples,
+        head=head,
+        seed=seed,
+        streams=0 if streams is None else streams.data_ptr(),
+        sampled_ids=0 if sampled_ids is None else sampled_ids.data_ptr(),
+        inv_temperature=1.0 / temperature,
+        ids=ids.data_ptr(),
+        log_weights=log_weights.data_ptr(),
+        logprobs=logprobs.data_ptr(),
+        lse=lse.data_ptr(),
+        threads=torch.get_num_threads() if threads is None else threads,
+        isa=isa,
+    )
+    if status == _BAD_ID and sampled_ids is not None:
+        _refuse_sampled_ids(logits, sampled_ids)
+    _raise_for_status(status, "sample_support", vocab, isa)
+    return ids, log_weights, logprobs, lse
+
+
+def _raise_for_status(status: int, name: str, vocab: int, isa: int) -> None:
     if status == _BAD_ID:
         raise ValueError(f"ids: got a value outside of -1 (pad) and 0..{vocab - 1}")
     if status != _OK:
-        raise RuntimeError(f"asyncopd._C.cpu_gather_logprobs refused its arguments (status {status}, isa {isa})")
-    return logprobs, lse
+        raise RuntimeError(f"asyncopd._C.cpu_{name} refused its arguments (status {status}, isa {isa})")
+
+
+def _refuse_sampled_ids(logits: Tensor, token: Tensor) -> None:
+    vocab = logits.shape[1]
+    outside = token[(token < 0) | (token >= vocab)]
+    if outside.numel():
+        raise ValueError(f"sampled_ids: got {int(outside[0])}, expected 0..{vocab - 1}")
+    impossible = token[logits.gather(1, token[:, None])[:, 0] == -torch.inf]
+    raise ValueError(
+        f"sampled_ids: got token {int(impossible[0])}, whose logit is -inf, expected a token that the policy can write"
+    )
+
+
+def _row_vector(name: str, value: Tensor | None, rows: int) -> Tensor | None:
+    if value is not None and value.shape != (rows,):
+        raise ValueError(f"{name}: got shape {list(value.shape)}, expected [{rows}]")
+    return None if value is None else value.to(torch.int64).contiguous()
+
+
+def _check_within(name: str, value: int, vocab: int) -> None:
+    if not 0 <= value <= vocab:
+        raise ValueError(f"{name}: got {value}, expected 0..{vocab} (V)")
+
+
+def _check_logits(logits: Tensor, temperature: float) -> Tensor:
+    """Logits with unit stride inside a row, or a TypeError or ValueError that says what is wrong with them."""
+    if logits.dtype not in DTYPE_CODES:
+        raise TypeError(f"logits: got {logits.dtype}, expected float32, bfloat16 or float16")
+    if logits.dim() != 2:
+        raise ValueError(f"logits: got shape {list(logits.shape)}, expected [N, V]")
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, expected a number above 0")
+    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def check_and_lay_out(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -71,16 +247,10 @@ def check_and_lay_out(logits: Tensor, ids: Tensor, temperature: float) -> tuple[
 
     The callers have checked most of this; it is repeated because a kernel given raw pointers cannot.
     """
-    if logits.dtype not in DTYPE_CODES:
-        raise TypeError(f"logits: got {logits.dtype}, expected float32, bfloat16 or float16")
     if ids.dtype not in ID_TYPE_CODES:
         raise TypeError(f"ids: got {ids.dtype}, expected int32 or int64")
     if logits.dim() != 2 or ids.dim() != 2 or logits.shape[0] != ids.shape[0]:
         raise ValueError(f"logits, ids: got {list(logits.shape)}, {list(ids.shape)}, expected [N, V], [N, K]")
     if logits.device != ids.device:
         raise ValueError(f"logits, ids: got {logits.device} and {ids.device}, expected one device")
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, expected a number above 0")
-    if logits.stride(1) != 1:
-        logits = logits.contiguous()
-    return logits, ids.contiguous()
+    return _check_logits(logits, temperature), ids.contiguous()

@@ -29,63 +29,46 @@ struct Problem {
 using RowsFunction = bool (*)(const Problem&, int64_t begin, int64_t end);
 
 namespace baseline {
+#include "numeric.inl"
 #include "gather.inl"
 }
 
 #ifdef ASYNCOPD_X86_DISPATCH
 ASYNCOPD_TARGET_BEGIN_AVX2
 namespace avx2 {
+#include "numeric.inl"
 #include "gather.inl"
 }
 ASYNCOPD_TARGET_END
 
 ASYNCOPD_TARGET_BEGIN_AVX512
 namespace avx512 {
+#include "numeric.inl"
 #include "gather.inl"
 }
 ASYNCOPD_TARGET_END
 #endif
 
-struct Level {
-  const char* name;
-  RowsFunction (*select)(int dtype, int id_type);
-};
-
-constexpr Level kLevels[] = {
-    {"baseline", baseline::select},
+using Select = RowsFunction (*)(int dtype, int id_type);
+constexpr Select kSelect[] = {
+    baseline::select,
 #ifdef ASYNCOPD_X86_DISPATCH
-    {"avx2", avx2::select},
-    {"avx512", avx512::select},
+    avx2::select,
+    avx512::select,
 #endif
 };
-
-// How many of kLevels this machine runs: each level implies the ones before it.
-int supported_levels() {
-#ifdef ASYNCOPD_X86_DISPATCH
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 1;
-  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  return avx512 ? 3 : 2;
-#else
-  return 1;
-#endif
-}
 
 }  // namespace
 }  // namespace asyncopd
 
 using namespace asyncopd;
 
-const char* asyncopd_cpu_isa_name(int isa) {
-  return isa >= 0 && isa < supported_levels() ? kLevels[isa].name : nullptr;
-}
-
 int asyncopd_cpu_gather_logprobs(const void* logits, int dtype, int64_t row_stride, const void* ids, int id_type,
                                  int64_t rows, int64_t vocab, int64_t num_ids, double inv_temperature,
                                  float* logprobs, float* lse, int threads, int isa) {
-  if (isa < 0) isa = supported_levels() - 1;
-  if (asyncopd_cpu_isa_name(isa) == nullptr || (id_type != kInt32 && id_type != kInt64)) return kBadArgument;
-  const RowsFunction function = kLevels[isa].select(dtype, id_type);
+  isa = resolve_isa(isa);
+  if (isa < 0 || (id_type != kInt32 && id_type != kInt64)) return kBadArgument;
+  const RowsFunction function = kSelect[isa](dtype, id_type);
   if (function == nullptr) return kBadArgument;
   const Problem problem{logits, ids, row_stride, vocab, num_ids, inv_temperature, logprobs, lse};
   std::atomic<bool> valid{true};

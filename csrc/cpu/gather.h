@@ -1,18 +1,9 @@
-// Interface of the CPU row-gather kernel. C ABI on raw pointers: nothing here knows about torch.
+// Interface of the CPU row-gather kernel and its gradient. C ABI on raw pointers: nothing here knows about torch.
 #pragma once
 
 #include <cstdint>
 
-namespace asyncopd {
-
-// The codes are shared with asyncopd/backends/cpu.py and cuda.py, and with csrc/cuda.
-enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
-enum IdType : int { kInt32 = 0, kInt64 = 1 };
-
-// What a launcher returns. CUDA launchers return the negative of a cudaError_t instead of the last two.
-enum Status : int { kOk = 0, kBadId = 1, kBadArgument = 2 };
-
-}  // namespace asyncopd
+#include "codes.h"
 
 extern "C" {
 
@@ -33,7 +24,17 @@ int asyncopd_cpu_gather_logprobs(const void* logits, int dtype, int64_t row_stri
                                  int64_t rows, int64_t vocab, int64_t num_ids, double inv_temperature,
                                  float* logprobs, float* lse, int threads, int isa);
 
-// Name of an instruction-set level that this build contains and this machine can run, or nullptr.
-// Levels are numbered from 0 (the baseline), each better than the one before.
-const char* asyncopd_cpu_isa_name(int isa);
+// The gradient of those log-probabilities, for every row n, with g[n, k] = grad[n, k], or 0 at pads:
+//   dlogits[n, v] = (sum over k with ids[n, k] = v of g[n, k]  -  (sum_k g[n, k]) exp(logits[n, v] t - lse[n])) t
+//
+// grad      [rows, num_ids] float32, contiguous
+// dlogits   [rows, vocab]   dtype, row stride `out_stride`; may be the logits themselves
+//
+// A row whose gradients sum to exactly 0 does not look at its logits; where lse is -inf, exp(..) is 0. Sums are fp64,
+// so that their order does not matter; the rest is fp32, rounded once to dtype. Returns as above; a row with an id out
+// of range is left alone.
+int asyncopd_cpu_gather_logprobs_backward(const float* grad, const void* logits, int dtype, int64_t row_stride,
+                                          const float* lse, const void* ids, int id_type, int64_t rows, int64_t vocab,
+                                          int64_t num_ids, double inv_temperature, void* dlogits, int64_t out_stride,
+                                          int threads, int isa);
 }

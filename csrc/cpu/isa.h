@@ -3,7 +3,8 @@
 // A kernel body lives in a *.inl file that is included once per instruction set, each time inside its own namespace
 // and between ASYNCOPD_TARGET_BEGIN_x and ASYNCOPD_TARGET_END. Separate namespaces matter: were an inline function
 // shared by two sets, the linker could keep the AVX-512 copy for both and crash on an older machine. For the same
-// reason a *.inl file includes nothing; standard headers come first, outside of every target region.
+// reason a *.inl file includes nothing; standard headers come first, outside of every target region, and templates of
+// the standard library that are not inlined (sort, nth_element) are called through order.h.
 #pragma once
 
 // musl and macOS are fine too: this needs no ifunc, unlike target_clones.
@@ -30,3 +31,14 @@
 #else
 #define ASYNCOPD_INLINE inline
 #endif
+
+extern "C" {
+// Name of an instruction-set level that this build contains and this machine can run, or nullptr.
+// Levels are numbered from 0 (the baseline), each better than the one before.
+const char* asyncopd_cpu_isa_name(int isa);
+}
+
+namespace asyncopd {
+// `isa`, or the best level of this machine for -1; negative if this machine does not run it.
+int resolve_isa(int isa);
+}  // namespace asyncopd

@@ -1,0 +1,100 @@
+// The exact K largest logits of a row from its summary. Included once per instruction set, after summary.inl.
+//
+// A partition of the columns into classes gives a lower bound on the K-th largest logit: the K-th largest of the
+// classes' maxima, each of which is a logit of its own. With 4 K classes or more it is a tight one: little more than K
+// logits reach it, and only groups whose maximum reaches it are read again.
+//
+// The candidates go into a buffer of a few K. When it is full the K best stay, and from then on only larger logits
+// count (ids come in ascending order, so an equal one would lose). So a row of equal logits costs no more than one
+// pass, and a rising one no more than linear time.
+
+// A value that at least k logits reach, if the row holds k that are not NaN. classes: 2 k + kGroup or `groups` floats.
+template <typename Type>
+float top_threshold(const typename Type::Storage* row, int64_t vocab, const float* peaks, int64_t groups, int64_t k,
+                    float* classes) {
+  if (groups >= 2 * k) {
+    const int64_t width = groups / (4 * k) > 1 ? groups / (4 * k) : 1;
+    int64_t n = 0;
+    for (int64_t g = 0; g < groups; g += width) {
+      float peak = peaks[g];
+      const int64_t end = g + width < groups ? g + width : groups;
+      for (int64_t i = g + 1; i < end; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
+      classes[n++] = peak;
+    }
+    return kth_largest(classes, n, k);
+  }
+  // Short rows: column v is in class v modulo their number.
+  const int64_t n = (2 * k + kGroup - 1) / kGroup * kGroup;
+  if (n > groups * (kGroup / 2)) return -kInf;
+  for (int64_t c = 0; c < n; ++c) classes[c] = -kInf;
+  alignas(64) float buffer[kGroup];
+  float* lanes = classes;
+  for (int64_t start = 0; start < vocab; start += kGroup) {
+    const int width = static_cast<int>(vocab - start < kGroup ? vocab - start : kGroup);
+    const float* z = load_block<Type>(row + start, width, -kInf, buffer);
+    for (int l = 0; l < kGroup; ++l) lanes[l] = z[l] > lanes[l] ? z[l] : lanes[l];
+    lanes = lanes + kGroup == classes + n ? classes : lanes + kGroup;
+  }
+  return kth_largest(classes, n, k);
+}
+
+ASYNCOPD_INLINE int64_t top_capacity(int64_t k) { return 4 * k + 1024 + kGroup; }
+
+// Positions of the hits in a group, ascending; returns how many. Most groups that are read again hold one or two.
+template <typename Test>
+ASYNCOPD_INLINE int find_hits(const float* z, uint8_t* hits, Test is_hit) {
+  int found = 0;
+  for (int c = 0; c < kGroup; c += kLanes) {
+    int count = 0;
+    for (int l = 0; l < kLanes; ++l) count += is_hit(z[c + l]);
+    if (count == 0) continue;
+    for (int l = 0; l < kLanes; ++l) {
+      hits[found] = static_cast<uint8_t>(c + l);
+      found += is_hit(z[c + l]);
+    }
+  }
+  return found;
+}
+
+// Ids of the k <= vocab largest logits: NaN first, then value descending, id ascending among equals. keys: room for
+// top_capacity(k). nan_count: how many logits are NaN.
+template <typename Type>
+void select_top(const typename Type::Storage* row, int64_t vocab, const float* peaks, int64_t groups, int64_t k,
+                int64_t nan_count, float* classes, uint64_t* keys, int64_t* ids) {
+  if (nan_count > 0) {
+    for (int64_t v = 0; v < vocab && k > 0 && nan_count > 0; ++v) {
+      if (!std::isnan(Type::load(row[v]))) continue;
+      *ids++ = v;
+      --k;
+      --nan_count;
+    }
+  }
+  if (k == 0) return;
+  const int64_t capacity = top_capacity(k);
+  float bound = top_threshold<Type>(row, vocab, peaks, groups, k, classes);
+  bool strict = false;
+  int64_t n = 0;
+  alignas(64) float buffer[kGroup];
+  uint8_t hits[kGroup];
+  for (int64_t g = 0; g < groups; ++g) {
+    if (strict ? !(peaks[g] > bound) : !(peaks[g] >= bound)) continue;
+    const int64_t start = g * kGroup;
+    const int width = static_cast<int>(vocab - start < kGroup ? vocab - start : kGroup);
+    const float* z = load_block<Type>(row + start, width, std::numeric_limits<float>::quiet_NaN(), buffer);
+    const int found = strict ? find_hits(z, hits, [=](float value) { return value > bound; })
+                             : find_hits(z, hits, [=](float value) { return value >= bound; });
+    for (int i = 0; i < found; ++i) keys[n++] = order_key(z[hits[i]], start + hits[i]);
+    if (n > capacity - kGroup) {
+      keep_largest(keys, n, k);
+      n = k;
+      // The worst of those kept, whose value is now the one to beat.
+      uint64_t worst = keys[0];
+      for (int64_t i = 1; i < k; ++i) worst = keys[i] < worst ? keys[i] : worst;
+      bound = Type::load(row[id_of_key(worst)]);
+      strict = true;
+    }
+  }
+  keep_largest(keys, n, k);
+  sort_descending(keys, k);
+  for (int64_t i = 0; i < k; ++i) ids[i] = id_of_key(keys[i]);
+}
