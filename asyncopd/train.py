@@ -37,8 +37,9 @@ Say = Callable[[str], None]
 class Summary:
     """What a run did. Accuracies are shares of held-out problems answered right, sampled at temperature 1.
 
-    Times exclude start-up and evaluation. `overlap` is the sum of the stages' busy seconds over wall seconds;
-    `stage_tokens_per_second` is what a stage does while it works; staleness is in optimizer steps.
+    Times exclude start-up and evaluation. `overlap` is the sum of the stages' busy seconds over wall seconds, where
+    waiting for a core counts as busy; `cpu_overlap` is the same of their CPU seconds. `stage_tokens_per_second` is per
+    busy second; staleness is in optimizer steps.
     """
 
     mode: str
@@ -50,7 +51,9 @@ class Summary:
     learner_tokens_per_second: float
     stage_tokens_per_second: dict[str, float]
     stage_busy_seconds: dict[str, float]
+    stage_cpu_seconds: dict[str, float]
     overlap: float
+    cpu_overlap: float
     staleness_mean: float
     staleness_max: int
     max_staleness: int
