@@ -7,8 +7,11 @@ checkpoint/     the trained student, likewise
 summary.json    the figures that `Summary` documents
 """
 
+import contextlib
 import dataclasses
 import json
+import os
+import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,6 +65,7 @@ class Summary:
     consumed_tokens: int
     wall_seconds: float
     backends: dict[str, str]
+    machine: str
     torch_version: str
     threads_per_worker: int
 
@@ -230,6 +234,16 @@ def check_vocabulary(name: str, model: PreTrainedModel, task: RailwayTask) -> No
         raise ConfigError(f"{name}: got a vocabulary of {model.config.vocab_size}, the task has {task.vocab_size}")
 
 
+def machine_name() -> str:
+    """The processor and its cores, as figures of a run have to say."""
+    model = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+    return f"{model}, {os.cpu_count()} cores"
+
+
 def _summary(
     config: TrainConfig, result: RunResult, before: Accuracy, after: Accuracy, teacher: Accuracy, ops: dict[str, str]
 ) -> Summary:
@@ -245,6 +259,7 @@ def _summary(
         accuracy_standard_error=max(a.standard_error for a in (before, after, teacher)),
         max_staleness=config.schedule.max_staleness,
         backends=ops,
+        machine=machine_name(),
         torch_version=torch.__version__,
         threads_per_worker=config.schedule.threads_per_worker,
     )

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -61,7 +60,7 @@ def markdown(summaries: Sequence[Summary]) -> str:
     lines += ["| " + " | ".join(row) + " |" for row in _cells(summaries)]
     s = summaries[0]
     lines.append(
-        f"\n{platform.machine()} CPU, {s.threads_per_worker} thread a role, torch {s.torch_version}; "
+        f"\n{s.machine}, {s.threads_per_worker} thread a role, torch {s.torch_version}; "
         f"accuracies ± {100 * s.accuracy_standard_error:.1f} points."
     )
     return "\n".join(lines)

@@ -57,6 +57,7 @@ def make_summary(mode: str, throughput: float) -> Summary:
         consumed_tokens=1000,
         wall_seconds=60.0,
         backends={"reverse_kl": "reference"},
+        machine="a machine",
         torch_version="2",
         threads_per_worker=1,
     )
