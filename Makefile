@@ -15,7 +15,7 @@ BUILD := $(VENV)/.build-stamp
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint wheel clean
+.PHONY: help setup demo test bench lint wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ demo: $(BUILD) ## teacher, student and the pipeline on this machine's CPU; write
 
 test: $(BUILD) ## the test suite, with line coverage of asyncopd/
 	$(VENV)/bin/python -m pytest --cov=asyncopd --cov-report=term --cov-fail-under=90 $(ARGS)
+
+bench: $(BUILD) ## microbenchmarks on this machine's CPU, each beside one read of its input
+	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(VENV)/bin/python -m pytest bench -q --benchmark-columns=min,median,rounds --benchmark-sort=min
 
 lint: $(BUILD) ## ruff and mypy
 	$(VENV)/bin/ruff check .
