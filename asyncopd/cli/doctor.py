@@ -3,14 +3,15 @@
 import importlib.metadata
 import os
 import platform
-import shutil
 
 import torch
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
 from asyncopd import __version__, backends
 from asyncopd.backends import reference
+from asyncopd.pipeline.shared import available_memory
 
 _OPS = reference.__all__
 _PACKAGES = ("torch", "transformers", "triton", "vllm", "liger-kernel", "numpy", "safetensors", "pydantic")
@@ -21,7 +22,7 @@ def report() -> Group:
     machine.add_row("platform", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}")
     machine.add_row("CPU threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores, {_cpu_capability()}")
     machine.add_row("CUDA", _cuda())
-    machine.add_row("shared memory", _shared_memory())
+    machine.add_row("pipeline", _pipeline())
     forced = os.environ.get("ASYNCOPD_BACKEND")
     machine.add_row("ASYNCOPD_BACKEND", forced or "not set: chosen by device and dtype")
 
@@ -30,7 +31,9 @@ def report() -> Group:
         reason = backends.unavailable_reason(name)
         ops = [op for op in _OPS if backends.has_op(name, op)]
         rows.add_row(
-            name, "yes" if reason is None else f"no: {reason}", "all" if ops == _OPS else ", ".join(ops) or "none"
+            name,
+            "yes" if reason is None else escape(f"no: {reason}"),
+            "all" if ops == _OPS else ", ".join(ops) or "none",
         )
 
     chosen = Table("op", "runs on (CPU, fp32)")
@@ -47,7 +50,7 @@ def _chosen(op: str) -> str:
     try:
         return backends.choose(op, torch.device("cpu"), torch.float32)
     except (backends.BackendUnavailable, ValueError) as error:
-        return f"error: {error}"
+        return escape(f"error: {error}")
 
 
 def _cpu_capability() -> str:
@@ -60,10 +63,10 @@ def _cuda() -> str:
     return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
 
 
-def _shared_memory() -> str:
-    if not os.path.isdir("/dev/shm"):
-        return "no /dev/shm: the pipeline uses the platform's own"
-    return f"{shutil.disk_usage('/dev/shm').free / 2**30:.1f} GiB free in /dev/shm"
+def _pipeline() -> str:
+    if not hasattr(os, "memfd_create"):
+        return "not here: its shared memory (memfd_create) needs Linux"
+    return f"{available_memory() / 2**30:.1f} GiB of memory available for slots and weights"
 
 
 def _version(package: str) -> str:

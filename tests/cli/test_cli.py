@@ -1,6 +1,7 @@
 """The command: its output, its errors, and that a user error is one line and no traceback."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -90,9 +91,11 @@ def test_train_refuses_to_overwrite_and_bad_settings_with_one_line(tmp_path: Pat
 def test_doctor_says_what_works_and_why_not() -> None:
     result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
     assert result.exit_code == 0, result.output
-    for word in ("reference", "triton", "cuda", "gather_logprobs", "shared memory", "transformers"):
+    for word in ("reference", "triton", "cuda", "gather_logprobs", "memory available", "transformers"):
         assert word in result.output
     assert "no: " in result.output
+    if importlib.util.find_spec("triton") is None:
+        assert "asyncopd[triton]" in result.output  # square brackets are not taken for markup
 
 
 def test_eval_prints_accuracy_with_its_error() -> None:
