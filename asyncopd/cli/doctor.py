@@ -30,11 +30,8 @@ def report() -> Group:
     for name in backends.BACKENDS:
         reason = backends.unavailable_reason(name)
         ops = [op for op in _OPS if backends.has_op(name, op)]
-        rows.add_row(
-            name,
-            "yes" if reason is None else escape(f"no: {reason}"),
-            "all" if ops == _OPS else ", ".join(ops) or "none",
-        )
+        works = "yes" if reason is None else escape(f"no: {reason}")
+        rows.add_row(name, works, "all" if ops == _OPS else ", ".join(ops) or "none")
 
     chosen = Table("op", "runs on (CPU, fp32)")
     for op in _OPS:
