@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from asyncopd.engines.model import trunk
 from asyncopd.pipeline.slots import SlotView, Span
@@ -66,9 +67,9 @@ def pack(tokens: Tensor, spans: list[Span]) -> Pack:
     )
 
 
-def predicting_states(model: object, pack: Pack) -> Tensor:
+def predicting_states(model: PreTrainedModel, pack: Pack) -> Tensor:
     """Hidden states [R, H] that predict the pack's response tokens, in the order of `pack.slot_rows`."""
-    out = trunk(model)(  # type: ignore[arg-type]
+    out = trunk(model)(
         input_ids=pack.input_ids,
         position_ids=pack.position_ids,
         attention_mask=pack.attention_mask,

@@ -92,14 +92,6 @@ class Problem:
 
     prompt_ids: tuple[int, ...]
 
-    @property
-    def distance(self) -> int:
-        """Stations from the start to the terminus: the longest right answer without eos."""
-        line, direction, start = _parts(self.prompt_ids)
-        stations = railway_map().lines[line]
-        i = stations.index(start)
-        return i if direction else len(stations) - 1 - i
-
 
 @cache
 def problems(split: Split) -> Ints:
