@@ -10,7 +10,7 @@ import torch
 
 import asyncopd
 from asyncopd import _C, kernels
-from asyncopd.backends import cpu, cuda
+from asyncopd.backends import cpu, cuda, native
 
 ROOT = Path(__file__).parents[1]
 
@@ -28,8 +28,8 @@ def test_backends_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
     reason = cuda.unavailable_reason()
     assert reason is not None
     assert "no CUDA device" in reason or "without CUDA kernels" in reason
-    monkeypatch.setattr(cpu, "_C", None)
-    monkeypatch.setattr(cpu, "_import_error", "No module named 'asyncopd._C'", raising=False)
+    monkeypatch.setattr(native, "_C", None)
+    monkeypatch.setattr(native, "_import_error", "No module named 'asyncopd._C'", raising=False)
     assert "asyncopd._C cannot be imported (No module" in cpu.unavailable_reason()
     assert cuda.unavailable_reason() == cpu.unavailable_reason()
 

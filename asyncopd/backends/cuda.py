@@ -6,16 +6,16 @@ Not yet run on a GPU: the kernels are compiled and inspected (no spills, no fp64
 import torch
 from torch import Tensor
 
-from asyncopd.backends import cpu
-from asyncopd.backends.cpu import DTYPE_CODES, ID_TYPE_CODES, check_and_lay_out
+from asyncopd.backends import native
+from asyncopd.backends.native import _C, DTYPE_CODES, ID_TYPE_CODES, check_ids, check_logits
 
 
 def unavailable_reason() -> str | None:
     """Why this backend cannot run here, as a sentence; None if it can."""
-    reason = cpu.unavailable_reason()
+    reason = native.unavailable_reason()
     if reason is not None:
         return reason
-    if not cpu._C.cuda:
+    if not _C.cuda:
         return "asyncopd was built without CUDA kernels (no nvcc was found then)"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
@@ -28,7 +28,7 @@ def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Te
     Queued on the current stream, without synchronising; so an id outside [-1, V) cannot raise: it is not read and
     gives NaN. Otherwise as the cpu backend's function.
     """
-    logits, ids = check_and_lay_out(logits, ids, temperature)
+    logits, ids = check_logits(logits, temperature), check_ids(ids, logits, "logits")
     if logits.device.type != "cuda":
         raise ValueError(f"logits: got device {logits.device}, expected cuda")
     (rows, vocab), num_ids = logits.shape, ids.shape[1]
@@ -36,7 +36,7 @@ def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Te
     lse = torch.empty(rows, dtype=torch.float32, device=logits.device)
     # The launcher makes the logits' device current; the context keeps torch's view the same, and restores it.
     with torch.cuda.device(logits.device):
-        status = cpu._C.cuda_gather_logprobs(
+        status = _C.cuda_gather_logprobs(
             logits=logits.data_ptr(),
             dtype=DTYPE_CODES[logits.dtype],
             row_stride=logits.stride(0),

@@ -11,6 +11,8 @@
 // The lanes are spelled out because a compiler may not reorder a sum or a maximum of floats by itself, and the flag
 // that lets it (-ffast-math) also takes NaN and inf away. So written, GCC and clang vectorise both loops.
 
+#include "numeric.inl"
+
 // Combines all lanes into lanes[0], halving their number each time.
 template <typename Op>
 ASYNCOPD_INLINE void fold(float* lanes, Op op) {

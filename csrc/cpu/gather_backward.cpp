@@ -37,35 +37,8 @@ struct Workspace {
 // Rows [begin, end); false when an id is out of range.
 using RowsFunction = bool (*)(const Problem&, const Workspace&, int64_t begin, int64_t end);
 
-namespace baseline {
-#include "numeric.inl"
-#include "gather_backward.inl"
-}
-
-#ifdef ASYNCOPD_X86_DISPATCH
-ASYNCOPD_TARGET_BEGIN_AVX2
-namespace avx2 {
-#include "numeric.inl"
-#include "gather_backward.inl"
-}
-ASYNCOPD_TARGET_END
-
-ASYNCOPD_TARGET_BEGIN_AVX512
-namespace avx512 {
-#include "numeric.inl"
-#include "gather_backward.inl"
-}
-ASYNCOPD_TARGET_END
-#endif
-
-using Select = RowsFunction (*)(int dtype, int id_type);
-constexpr Select kSelect[] = {
-    baseline::select,
-#ifdef ASYNCOPD_X86_DISPATCH
-    avx2::select,
-    avx512::select,
-#endif
-};
+#define ASYNCOPD_KERNEL "gather_backward.inl"
+#include "each_isa.h"
 
 }  // namespace
 }  // namespace asyncopd

@@ -5,6 +5,8 @@
 // that nothing is rounded to 16 bits before it is whole. softmax = exp((z - L) t) with L = lse / t as two floats:
 // z - L loses no digit where it matters, near 0, and no product is rounded before the subtraction.
 
+#include "numeric.inl"
+
 struct Row {
   float origin_hi, origin_lo;  // L
   float factor;                // -total t

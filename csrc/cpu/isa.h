@@ -1,10 +1,10 @@
 // Run-time dispatch over instruction sets without compiler flags per file.
 //
-// A kernel body lives in a *.inl file that is included once per instruction set, each time inside its own namespace
-// and between ASYNCOPD_TARGET_BEGIN_x and ASYNCOPD_TARGET_END. Separate namespaces matter: were an inline function
-// shared by two sets, the linker could keep the AVX-512 copy for both and crash on an older machine. For the same
-// reason a *.inl file includes nothing; standard headers come first, outside of every target region, and templates of
-// the standard library that are not inlined (sort, nth_element) are called through order.h.
+// A kernel body lives in a *.inl file that each_isa.h includes once per instruction set, each time inside its own
+// namespace and between ASYNCOPD_TARGET_BEGIN_x and ASYNCOPD_TARGET_END. Separate namespaces matter: were an inline
+// function shared by two sets, the linker could keep the AVX-512 copy for both and crash on an older machine. For the
+// same reason a *.inl file includes nothing but other *.inl files; headers come first, outside of every target region,
+// and templates of the standard library that are not inlined (sort, nth_element) are called through order.h.
 #pragma once
 
 // musl and macOS are fine too: this needs no ifunc, unlike target_clones.

@@ -9,6 +9,8 @@
 // float for t log2(e) is enough: off by a share of 6e-8 at most, it moves log S of a group's sum S by 6e-8 E, where E,
 // the mean of |x t| under the group's own softmax, is at most log(kGroup): log S + E is the entropy of 64 terms.
 
+#include "numeric.inl"
+
 constexpr int kGroup = 64;        // columns; 256 bytes of fp32
 constexpr int kLanes = 16;        // independent partial results of a group: one AVX-512 register, or four of SSE
 constexpr int kBlockGroups = 16;  // 4 KiB of fp32 stay in L1 between the maxima and the exponentials

@@ -51,41 +51,8 @@ struct Workspace {
 // Rows [begin, end); false when a sampled id is impossible.
 using RowsFunction = bool (*)(const Problem&, const Workspace&, int64_t begin, int64_t end);
 
-namespace baseline {
-#include "numeric.inl"
-#include "summary.inl"
-#include "topk.inl"
-#include "support.inl"
-}
-
-#ifdef ASYNCOPD_X86_DISPATCH
-ASYNCOPD_TARGET_BEGIN_AVX2
-namespace avx2 {
-#include "numeric.inl"
-#include "summary.inl"
-#include "topk.inl"
-#include "support.inl"
-}
-ASYNCOPD_TARGET_END
-
-ASYNCOPD_TARGET_BEGIN_AVX512
-namespace avx512 {
-#include "numeric.inl"
-#include "summary.inl"
-#include "topk.inl"
-#include "support.inl"
-}
-ASYNCOPD_TARGET_END
-#endif
-
-using Select = RowsFunction (*)(int dtype);
-constexpr Select kSelect[] = {
-    baseline::select,
-#ifdef ASYNCOPD_X86_DISPATCH
-    avx2::select,
-    avx512::select,
-#endif
-};
+#define ASYNCOPD_KERNEL "support.inl"
+#include "each_isa.h"
 
 // Hands out aligned pieces of one allocation; the first pass, without memory, measures.
 class Arena {

@@ -1,11 +1,13 @@
-// Top-K log-probabilities and sampled supports of rows, from the row summary. Included once per instruction set, after
-// summary.inl and topk.inl.
+// Top-K log-probabilities and sampled supports of rows, from the row summary. Included once per instruction set; see
+// isa.h.
 //
 // Draws. With the head taken out, the group masses (fp64, measured from the largest logit that is left) have a
 // cumulative sum; a uniform number picks a group in it, and its rest a column in the group's own cumulative sum, which
 // is fp64 from the logits. A group that loses columns to the head is summed again without them: subtracting would
 // leave the rounding of what is taken away. Probabilities are right to the rounding of a group's fp32 sum, about 1e-7
 // of that group's mass.
+
+#include "topk.inl"
 
 static_assert(kCacheWidth == kGroup, "");
 

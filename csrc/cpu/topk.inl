@@ -1,4 +1,4 @@
-// The exact K largest logits of a row from its summary. Included once per instruction set, after summary.inl.
+// The exact K largest logits of a row from its summary. Included once per instruction set; see isa.h.
 //
 // A partition of the columns into classes gives a lower bound on the K-th largest logit: the K-th largest of the
 // classes' maxima, each of which is a logit of its own. With 4 K classes or more it is a tight one: little more than K
@@ -7,6 +7,8 @@
 // The candidates go into a buffer of a few K. When it is full the K best stay, and from then on only larger logits
 // count (ids come in ascending order, so an equal one would lose). So a row of equal logits costs no more than one
 // pass, and a rising one no more than linear time.
+
+#include "summary.inl"
 
 // A value that at least k logits reach, if the row holds k that are not NaN. classes: 2 k + kGroup or `groups` floats.
 template <typename Type>

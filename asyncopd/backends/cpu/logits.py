@@ -1,31 +1,21 @@
-"""The `cpu` backend: C++ kernels of csrc/cpu, compiled into `asyncopd._C`.
+"""Ops on logits: top-K, sampled supports, gathered log-probabilities and their gradient.
 
-Every op is one call for all rows, uses `torch.get_num_threads()` threads, and gives the same bits whatever their
-number and whatever the batch. fp32, bf16 and fp16 logits, any row stride (rows whose elements are not contiguous are
-copied first); sums are fp32 inside a block of columns and fp64 across blocks. Each public function has the signature
-and the meaning of its namesake in the reference; the private one lets tests choose threads and instruction set.
+Any row stride; rows whose elements are not contiguous are copied first. The public functions are the backend's; the
+private ones let tests choose threads and instruction set.
 """
 
 import torch
 from torch import Tensor
 
-try:
-    from asyncopd import _C
-except ImportError as error:  # a checkout that was never built, or built for another Python
-    _C = None  # type: ignore[assignment]
-    _import_error = str(error)
-
-# Codes of csrc/cpu/codes.h, shared with the CUDA backend.
-DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-ID_TYPE_CODES = {torch.int32: 0, torch.int64: 1}
-_OK, _BAD_ID = 0, 1
-
-
-def unavailable_reason() -> str | None:
-    """Why this backend cannot run here, as a sentence; None if it can."""
-    if _C is None:
-        return f"the compiled module asyncopd._C cannot be imported ({_import_error})"
-    return None
+from asyncopd.backends.native import (
+    _C,
+    BAD_ID,
+    DTYPE_CODES,
+    ID_TYPE_CODES,
+    check_ids,
+    check_logits,
+    raise_for_status,
+)
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -67,7 +57,7 @@ def sample_support(
 def _gather_logprobs(
     logits: Tensor, ids: Tensor, temperature: float, *, threads: int | None = None, isa: int = -1
 ) -> tuple[Tensor, Tensor]:
-    logits, ids = check_and_lay_out(logits, ids, temperature)
+    logits, ids = check_logits(logits, temperature), check_ids(ids, logits, "logits")
     (rows, vocab), num_ids = logits.shape, ids.shape[1]
     logprobs = torch.empty((rows, num_ids), dtype=torch.float32)
     lse = torch.empty(rows, dtype=torch.float32)
@@ -86,7 +76,7 @@ def _gather_logprobs(
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
     )
-    _raise_for_status(status, "gather_logprobs", vocab, isa)
+    raise_for_status(status, "cpu_gather_logprobs", vocab)
     return logprobs, lse
 
 
@@ -102,7 +92,7 @@ def _gather_logprobs_backward(
 ) -> Tensor:
     # The layout that autograd and torch.compile are told of; one without unit stride is written by way of a copy.
     dlogits = torch.empty_like(logits)
-    logits, ids = check_and_lay_out(logits, ids, temperature)
+    logits, ids = check_logits(logits, temperature), check_ids(ids, logits, "logits")
     (rows, vocab), num_ids = logits.shape, ids.shape[1]
     if grad.shape != ids.shape or lse.shape != (rows,):
         raise ValueError(f"grad, lse: got {list(grad.shape)}, {list(lse.shape)}, expected {list(ids.shape)}, [{rows}]")
@@ -125,14 +115,14 @@ def _gather_logprobs_backward(
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
     )
-    _raise_for_status(status, "gather_logprobs_backward", vocab, isa)
+    raise_for_status(status, "cpu_gather_logprobs_backward", vocab)
     return dlogits if out is dlogits else dlogits.copy_(out)
 
 
 def _topk_logprobs(
     logits: Tensor, k: int, temperature: float, *, threads: int | None = None, isa: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logits = _check_logits(logits, temperature)
+    logits = check_logits(logits, temperature)
     rows, vocab = logits.shape
     _check_within("k", k, vocab)
     ids = torch.empty((rows, k), dtype=torch.int64)
@@ -152,7 +142,7 @@ def _topk_logprobs(
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
     )
-    _raise_for_status(status, "topk_logprobs", vocab, isa)
+    raise_for_status(status, "cpu_topk_logprobs", vocab)
     return ids, logprobs, lse
 
 
@@ -168,7 +158,7 @@ def _sample_support(
     threads: int | None = None,
     isa: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = _check_logits(logits, temperature)
+    logits = check_logits(logits, temperature)
     rows, vocab = logits.shape
     _check_within("head", head, vocab)
     # Contiguous int64, kept alive until the kernel returns.
@@ -196,17 +186,10 @@ def _sample_support(
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
     )
-    if status == _BAD_ID and sampled_ids is not None:
+    if status == BAD_ID and sampled_ids is not None:
         _refuse_sampled_ids(logits, sampled_ids)
-    _raise_for_status(status, "sample_support", vocab, isa)
+    raise_for_status(status, "cpu_sample_support", vocab)
     return ids, log_weights, logprobs, lse
-
-
-def _raise_for_status(status: int, name: str, vocab: int, isa: int) -> None:
-    if status == _BAD_ID:
-        raise ValueError(f"ids: got a value outside of -1 (pad) and 0..{vocab - 1}")
-    if status != _OK:
-        raise RuntimeError(f"asyncopd._C.cpu_{name} refused its arguments (status {status}, isa {isa})")
 
 
 def _refuse_sampled_ids(logits: Tensor, token: Tensor) -> None:
@@ -229,28 +212,3 @@ def _row_vector(name: str, value: Tensor | None, rows: int) -> Tensor | None:
 def _check_within(name: str, value: int, vocab: int) -> None:
     if not 0 <= value <= vocab:
         raise ValueError(f"{name}: got {value}, expected 0..{vocab} (V)")
-
-
-def _check_logits(logits: Tensor, temperature: float) -> Tensor:
-    """Logits with unit stride inside a row, or a TypeError or ValueError that says what is wrong with them."""
-    if logits.dtype not in DTYPE_CODES:
-        raise TypeError(f"logits: got {logits.dtype}, expected float32, bfloat16 or float16")
-    if logits.dim() != 2:
-        raise ValueError(f"logits: got shape {list(logits.shape)}, expected [N, V]")
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, expected a number above 0")
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def check_and_lay_out(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Logits with unit stride inside a row and contiguous ids, or a TypeError or ValueError that says what is wrong.
-
-    The callers have checked most of this; it is repeated because a kernel given raw pointers cannot.
-    """
-    if ids.dtype not in ID_TYPE_CODES:
-        raise TypeError(f"ids: got {ids.dtype}, expected int32 or int64")
-    if logits.dim() != 2 or ids.dim() != 2 or logits.shape[0] != ids.shape[0]:
-        raise ValueError(f"logits, ids: got {list(logits.shape)}, {list(ids.shape)}, expected [N, V], [N, K]")
-    if logits.device != ids.device:
-        raise ValueError(f"logits, ids: got {logits.device} and {ids.device}, expected one device")
-    return _check_logits(logits, temperature), ids.contiguous()
