@@ -30,11 +30,21 @@ int cpu_gather_logprobs(uintptr_t logits, int dtype, int64_t row_stride, uintptr
 }
 
 int cpu_gather_logprobs_backward(uintptr_t grad, uintptr_t logits, int dtype, int64_t row_stride, uintptr_t lse,
-                                 uintptr_t ids, int id_type, int64_t rows, int64_t vocab, int64_t num_ids,
-                                 double inv_temperature, uintptr_t dlogits, int64_t out_stride, int threads, int isa) {
+                                 uintptr_t ids, int id_type, int64_t rows, int64_t first, int64_t columns,
+                                 int64_t vocab, int64_t num_ids, double inv_temperature, uintptr_t dlogits,
+                                 int64_t out_stride, int threads, int isa) {
   return asyncopd_cpu_gather_logprobs_backward(pointer<float>(grad), pointer<void>(logits), dtype, row_stride,
-                                               pointer<float>(lse), pointer<void>(ids), id_type, rows, vocab, num_ids,
-                                               inv_temperature, pointer<void>(dlogits), out_stride, threads, isa);
+                                               pointer<float>(lse), pointer<void>(ids), id_type, rows, first, columns,
+                                               vocab, num_ids, inv_temperature, pointer<void>(dlogits), out_stride,
+                                               threads, isa);
+}
+
+int cpu_gather_tile(uintptr_t logits, int64_t row_stride, uintptr_t ids, int64_t rows, int64_t first, int64_t columns,
+                    int64_t num_ids, double inv_temperature, uintptr_t peaks, uintptr_t sums, uintptr_t logprobs,
+                    uintptr_t lse, int threads, int isa) {
+  return asyncopd_cpu_gather_tile(pointer<float>(logits), row_stride, pointer<int64_t>(ids), rows, first, columns,
+                                  num_ids, inv_temperature, pointer<float>(peaks), pointer<double>(sums),
+                                  pointer<float>(logprobs), pointer<float>(lse), threads, isa);
 }
 
 int cpu_topk_logprobs(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, int64_t k,
@@ -86,8 +96,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("threads"), py::arg("isa") = -1);
   m.def("cpu_gather_logprobs_backward", &cpu_gather_logprobs_backward, py::call_guard<py::gil_scoped_release>(),
         py::arg("grad"), py::arg("logits"), py::arg("dtype"), py::arg("row_stride"), py::arg("lse"), py::arg("ids"),
-        py::arg("id_type"), py::arg("rows"), py::arg("vocab"), py::arg("num_ids"), py::arg("inv_temperature"),
-        py::arg("dlogits"), py::arg("out_stride"), py::arg("threads"), py::arg("isa") = -1);
+        py::arg("id_type"), py::arg("rows"), py::arg("first"), py::arg("columns"), py::arg("vocab"),
+        py::arg("num_ids"), py::arg("inv_temperature"), py::arg("dlogits"), py::arg("out_stride"), py::arg("threads"),
+        py::arg("isa") = -1);
+  m.def("cpu_gather_tile", &cpu_gather_tile, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),
+        py::arg("row_stride"), py::arg("ids"), py::arg("rows"), py::arg("first"), py::arg("columns"),
+        py::arg("num_ids"), py::arg("inv_temperature"), py::arg("peaks"), py::arg("sums"), py::arg("logprobs"),
+        py::arg("lse"), py::arg("threads"), py::arg("isa") = -1);
   m.def("cpu_topk_logprobs", &cpu_topk_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),
         py::arg("dtype"), py::arg("row_stride"), py::arg("rows"), py::arg("vocab"), py::arg("k"),
         py::arg("inv_temperature"), py::arg("ids"), py::arg("logprobs"), py::arg("lse"), py::arg("threads"),

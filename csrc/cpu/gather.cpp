@@ -25,8 +25,25 @@ struct Problem {
   float* lse;
 };
 
+// Columns [first, first + columns) of every row.
+struct Tile {
+  const float* logits;
+  const int64_t* ids;
+  int64_t row_stride, first, columns, num_ids;
+  double inv_temperature;
+  float* peaks;
+  double* sums;
+  float* logprobs;
+  float* lse;
+};
+
 // Rows [begin, end); false when an id is out of range.
 using RowsFunction = bool (*)(const Problem&, int64_t begin, int64_t end);
+
+struct Functions {
+  RowsFunction rows;
+  void (*tile_rows)(const Tile&, int64_t begin, int64_t end);
+};
 
 #define ASYNCOPD_KERNEL "gather.inl"
 #include "each_isa.h"
@@ -41,7 +58,7 @@ int asyncopd_cpu_gather_logprobs(const void* logits, int dtype, int64_t row_stri
                                  float* logprobs, float* lse, int threads, int isa) {
   isa = resolve_isa(isa);
   if (isa < 0 || (id_type != kInt32 && id_type != kInt64)) return kBadArgument;
-  const RowsFunction function = kSelect[isa](dtype, id_type);
+  const RowsFunction function = kSelect[isa](dtype, id_type).rows;
   if (function == nullptr) return kBadArgument;
   const Problem problem{logits, ids, row_stride, vocab, num_ids, inv_temperature, logprobs, lse};
   std::atomic<bool> valid{true};
@@ -49,4 +66,15 @@ int asyncopd_cpu_gather_logprobs(const void* logits, int dtype, int64_t row_stri
     if (!function(problem, begin, end)) valid.store(false, std::memory_order_relaxed);
   });
   return valid.load() ? kOk : kBadId;
+}
+
+int asyncopd_cpu_gather_tile(const float* logits, int64_t row_stride, const int64_t* ids, int64_t rows, int64_t first,
+                             int64_t columns, int64_t num_ids, double inv_temperature, float* peaks, double* sums,
+                             float* logprobs, float* lse, int threads, int isa) {
+  isa = resolve_isa(isa);
+  if (isa < 0) return kBadArgument;
+  const auto function = kSelect[isa](kFloat32, kInt64).tile_rows;
+  const Tile tile{logits, ids, row_stride, first, columns, num_ids, inv_temperature, peaks, sums, logprobs, lse};
+  parallel_rows(rows, columns, threads, [&](int64_t begin, int64_t end) { function(tile, begin, end); });
+  return kOk;
 }

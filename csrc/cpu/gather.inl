@@ -22,16 +22,27 @@ ASYNCOPD_INLINE void fold(float* lanes, Op op) {
   }
 }
 
-template <typename Type>
-double logsumexp_row(const typename Type::Storage* row, int64_t vocab, const Scale& scale) {
-  constexpr float kInf = std::numeric_limits<float>::infinity();
-  float running_max = -kInf;
+// LSE of the columns so far: largest logit, and sum of exponentials measured from it. A sum that is NaN stays so. Where
+// `peak` is +inf the sum counts for nothing else.
+struct Running {
+  float peak = -std::numeric_limits<float>::infinity();
   double sum = 0.0;
+
+  double logsumexp(const Scale& scale) const {
+    if (std::isnan(sum)) return sum;
+    return std::isinf(peak) ? peak : peak * scale.inv_temperature + std::log(sum);
+  }
+};
+
+// Takes in `width` more columns of a row.
+template <typename Type>
+void accumulate(const typename Type::Storage* row, int64_t columns, const Scale& scale, Running& running) {
+  constexpr float kInf = std::numeric_limits<float>::infinity();
   alignas(64) float block[kBlock];
   alignas(64) float lanes[kLanes];
-  for (int64_t start = 0; start < vocab; start += kBlock) {
+  for (int64_t start = 0; start < columns; start += kBlock) {
     const auto* source = row + start;
-    const int width = static_cast<int>(vocab - start < kBlock ? vocab - start : kBlock);
+    const int width = static_cast<int>(columns - start < kBlock ? columns - start : kBlock);
     const int padded = (width + kLanes - 1) / kLanes * kLanes;
     for (int v = 0; v < width; ++v) block[v] = Type::load(source[v]);
     for (int v = width; v < padded; ++v) block[v] = -kInf;
@@ -44,27 +55,26 @@ double logsumexp_row(const typename Type::Storage* row, int64_t vocab, const Sca
     fold(lanes, [](float a, float b) { return a > b ? a : b; });
     const float block_max = lanes[0];
 
-    if (block_max > running_max) {
-      if (block_max == kInf) {
-        return has_nan<Type>(row, vocab) ? std::numeric_limits<double>::quiet_NaN() : static_cast<double>(kInf);
-      }
+    if (block_max > running.peak) {
       // While everything so far was -inf the sum is 0, or NaN, and there is nothing to rescale.
-      if (running_max != -kInf) {
-        sum *= std::exp((static_cast<double>(running_max) - block_max) * scale.inv_temperature);
+      if (running.peak != -kInf && block_max != kInf) {
+        running.sum *= std::exp((static_cast<double>(running.peak) - block_max) * scale.inv_temperature);
       }
-      running_max = block_max;
+      running.peak = block_max;
+    }
+    if (running.peak == kInf) {
+      if (has_nan<Float32>(block, width)) running.sum = std::numeric_limits<double>::quiet_NaN();
+      continue;
     }
     // -inf minus -inf would be NaN: a row that is -inf so far measures from 0.
-    const float origin = running_max == -kInf ? 0.0f : running_max;
+    const float origin = running.peak == -kInf ? 0.0f : running.peak;
     for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
     for (int v = 0; v < padded; v += kLanes) {
       for (int l = 0; l < kLanes; ++l) lanes[l] += exp_scaled(block[v + l] - origin, scale);
     }
     fold(lanes, [](float a, float b) { return a + b; });
-    sum += lanes[0];
+    running.sum += lanes[0];
   }
-  if (std::isnan(sum) || running_max == -kInf) return std::isnan(sum) ? sum : -static_cast<double>(kInf);
-  return running_max * scale.inv_temperature + std::log(sum);
 }
 
 // Returns false when an id lies outside [-1, vocab).
@@ -72,7 +82,9 @@ template <typename Type, typename Id>
 bool gather_row(const typename Type::Storage* row, const Id* ids, int64_t vocab, int64_t num_ids, const Scale& scale,
                 float* logprobs, float* lse_out) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  const double lse = logsumexp_row<Type>(row, vocab, scale);
+  Running running;
+  accumulate<Type>(row, vocab, scale, running);
+  const double lse = running.logsumexp(scale);
   *lse_out = static_cast<float>(lse);
   bool valid = true;
   for (int64_t k = 0; k < num_ids; ++k) {
@@ -102,7 +114,32 @@ bool gather_rows(const Problem& problem, int64_t begin, int64_t end) {
   return valid;
 }
 
-inline RowsFunction select(int dtype, int id_type) {
+// Rows [begin, end) of one tile of logits.
+inline void gather_tile_rows(const Tile& tile, int64_t begin, int64_t end) {
+  const Scale scale = make_scale(tile.inv_temperature);
+  for (int64_t n = begin; n < end; ++n) {
+    const float* row = tile.logits + n * tile.row_stride;
+    float* logprobs = tile.logprobs + n * tile.num_ids;
+    Running running;
+    if (tile.first > 0) running = Running{tile.peaks[n], tile.sums[n]};
+    accumulate<Float32>(row, tile.columns, scale, running);
+    tile.peaks[n] = running.peak;
+    tile.sums[n] = running.sum;
+    const int64_t* ids = tile.ids + n * tile.num_ids;
+    for (int64_t k = 0; k < tile.num_ids; ++k) {
+      const uint64_t column = static_cast<uint64_t>(ids[k] - tile.first);
+      if (column < static_cast<uint64_t>(tile.columns)) logprobs[k] = row[column];
+    }
+    if (tile.lse == nullptr) continue;
+    const double lse = running.logsumexp(scale);
+    tile.lse[n] = static_cast<float>(lse);
+    for (int64_t k = 0; k < tile.num_ids; ++k) {
+      logprobs[k] = ids[k] < 0 ? -std::numeric_limits<float>::infinity() : normalized(logprobs[k], lse, scale);
+    }
+  }
+}
+
+inline RowsFunction select_rows(int dtype, int id_type) {
   const bool wide = id_type == kInt64;
   switch (dtype) {
     case kFloat32: return wide ? gather_rows<Float32, int64_t> : gather_rows<Float32, int32_t>;
@@ -111,3 +148,5 @@ inline RowsFunction select(int dtype, int id_type) {
     default: return nullptr;
   }
 }
+
+inline Functions select(int dtype, int id_type) { return {select_rows(dtype, id_type), gather_tile_rows}; }

@@ -22,7 +22,7 @@ struct Problem {
   const void* logits;
   const float* lse;
   const void* ids;
-  int64_t row_stride, vocab, num_ids;
+  int64_t row_stride, first, columns, vocab, num_ids;
   double inv_temperature;
   void* dlogits;
   int64_t out_stride;
@@ -46,18 +46,18 @@ using RowsFunction = bool (*)(const Problem&, const Workspace&, int64_t begin, i
 using namespace asyncopd;
 
 int asyncopd_cpu_gather_logprobs_backward(const float* grad, const void* logits, int dtype, int64_t row_stride,
-                                          const float* lse, const void* ids, int id_type, int64_t rows, int64_t vocab,
-                                          int64_t num_ids, double inv_temperature, void* dlogits, int64_t out_stride,
+                                          const float* lse, const void* ids, int id_type, int64_t rows, int64_t first,
+                                          int64_t columns, int64_t vocab, int64_t num_ids, double inv_temperature, void* dlogits, int64_t out_stride,
                                           int threads, int isa) {
   isa = resolve_isa(isa);
   if (isa < 0 || (id_type != kInt32 && id_type != kInt64)) return kBadArgument;
   const RowsFunction function = kSelect[isa](dtype, id_type);
   // An id and its position share a 64-bit key.
   if (function == nullptr || vocab >= int64_t{1} << 32 || num_ids >= int64_t{1} << 32) return kBadArgument;
-  const Problem problem{grad,    logits,          lse,     ids,       row_stride, vocab,
-                        num_ids, inv_temperature, dlogits, out_stride};
+  const Problem problem{grad,  logits, lse,     ids,             row_stride, first, columns,
+                        vocab, num_ids, inv_temperature, dlogits,    out_stride};
   std::atomic<bool> valid{true};
-  parallel_rows(rows, vocab, threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows, columns, threads, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<uint64_t[]> order(new uint64_t[num_ids]);
     const std::unique_ptr<float[]> at_ids(new float[num_ids]);
     const Workspace work{order.get(), at_ids.get()};

@@ -31,10 +31,11 @@ void fill_row(const typename Type::Storage* logits, int64_t vocab, const Row& ro
   for (int v = 0; v < width; ++v) out[start + v] = Type::store(block[v]);
 }
 
-// Returns false when an id lies outside [-1, vocab).
+// Columns [first, first + columns) of a row. Returns false when an id lies outside [-1, vocab).
 template <typename Type, typename Id>
-bool backward_row(const float* grad, const typename Type::Storage* logits, double lse, const Id* ids, int64_t vocab,
-                  int64_t num_ids, const Scale& scale, const Workspace& work, typename Type::Storage* out) {
+bool backward_row(const float* grad, const typename Type::Storage* logits, double lse, const Id* ids, int64_t first,
+                  int64_t columns, int64_t vocab, int64_t num_ids, const Scale& scale, const Workspace& work,
+                  typename Type::Storage* out) {
   double total = 0.0;
   int64_t n = 0;
   for (int64_t k = 0; k < num_ids; ++k) {
@@ -42,8 +43,10 @@ bool backward_row(const float* grad, const typename Type::Storage* logits, doubl
     if (id < -1 || id >= vocab) return false;
     if (id == -1) continue;
     total += grad[k];
-    work.logits[k] = Type::load(logits[id]);  // now, because out may be the logits
-    work.order[n++] = static_cast<uint64_t>(id) << 32 | static_cast<uint64_t>(k);
+    const uint64_t column = static_cast<uint64_t>(id - first);
+    if (column >= static_cast<uint64_t>(columns)) continue;
+    work.logits[k] = Type::load(logits[column]);  // now, because out may be the logits
+    work.order[n++] = column << 32 | static_cast<uint64_t>(k);
   }
   sort_ascending(work.order, n);
 
@@ -57,18 +60,18 @@ bool backward_row(const float* grad, const typename Type::Storage* logits, doubl
   const bool is_flat = total == 0.0 || !has_mass;
   if (is_flat) {
     const typename Type::Storage value = Type::store(flat);
-    for (int64_t v = 0; v < vocab; ++v) out[v] = value;
+    for (int64_t v = 0; v < columns; ++v) out[v] = value;
   } else {
-    fill_row<Type>(logits, vocab, row, scale, out);
+    fill_row<Type>(logits, columns, row, scale, out);
   }
   for (int64_t i = 0; i < n;) {
-    const uint64_t id = work.order[i] >> 32;
+    const uint64_t column = work.order[i] >> 32;
     const float z = work.logits[work.order[i] & 0xffffffffu];
     double sum = is_flat ? flat : softmax_part(z, row, scale);
-    for (; i < n && work.order[i] >> 32 == id; ++i) {
+    for (; i < n && work.order[i] >> 32 == column; ++i) {
       sum += static_cast<double>(grad[work.order[i] & 0xffffffffu]) * scale.inv_temperature;
     }
-    out[id] = Type::store(static_cast<float>(sum));
+    out[column] = Type::store(static_cast<float>(sum));
   }
   return true;
 }
@@ -82,7 +85,7 @@ bool backward_rows(const Problem& problem, const Workspace& work, int64_t begin,
   bool valid = true;
   for (int64_t n = begin; n < end; ++n) {
     valid &= backward_row<Type>(problem.grad + n * problem.num_ids, logits + n * problem.row_stride, problem.lse[n],
-                                ids + n * problem.num_ids, problem.vocab, problem.num_ids, scale, work,
+                                ids + n * problem.num_ids, problem.first, problem.columns, problem.vocab, problem.num_ids, scale, work,
                                 out + n * problem.out_stride);
   }
   return valid;

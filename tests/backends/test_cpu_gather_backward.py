@@ -145,6 +145,8 @@ def test_in_place_over_the_logits(dtype: torch.dtype, isa: int) -> None:
         ids=ids.data_ptr(),
         id_type=1,
         rows=6,
+        first=0,
+        columns=1300,
         vocab=1300,
         num_ids=9,
         inv_temperature=1 / 0.8,

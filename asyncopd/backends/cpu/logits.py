@@ -107,6 +107,8 @@ def _gather_logprobs_backward(
         ids=ids.data_ptr(),
         id_type=ID_TYPE_CODES[ids.dtype],
         rows=rows,
+        first=0,
+        columns=vocab,
         vocab=vocab,
         num_ids=num_ids,
         inv_temperature=1.0 / temperature,

@@ -38,11 +38,13 @@ class Head:
         starts = range(0, vocab, VOCAB_BLOCK)
         return [(slice(s, min(s + VOCAB_BLOCK, vocab)), self.weight[s : s + VOCAB_BLOCK]) for s in starts]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [C, H] -> z [C, V]: products of the given bf16/fp16 values, summed in fp32."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [C, H] -> z [C, V], in `out` if given: products of the given bf16/fp16 values, summed in fp32."""
         dtype = self.dtype(hidden)
         hidden = hidden.to(dtype)
-        z = torch.empty(hidden.shape[0], self.weight.shape[0], dtype=dtype, device=hidden.device)
+        z = out
+        if z is None:
+            z = torch.empty(hidden.shape[0], self.weight.shape[0], dtype=dtype, device=hidden.device)
         for cols, block in self._blocks(dtype):
             torch.mm(hidden, block.to(dtype).t(), out=z[:, cols])
         if self.bias is not None:
@@ -93,7 +95,7 @@ def _silence(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     return torch.where(mask[:, None], hidden, 0), torch.where(mask[:, None], ids, -1)
 
 
-def _rows_with_gradient(grad: Tensor, mask: Tensor | None) -> Tensor:
+def rows_with_gradient(grad: Tensor, mask: Tensor | None) -> Tensor:
     """Rows that take part in the backward: one that the caller dropped is 0, whatever its hidden state holds."""
     used = (grad != 0).any(dim=1)
     return used if mask is None else used & mask
@@ -154,7 +156,7 @@ def linear_gather_logprobs_backward(
     head = Head(weight, bias, temperature, logit_scale, softcap)
     dtype = lse.dtype
     dhidden, dweight, dbias = _empty_gradients(hidden, head, dtype, need_weight)
-    mask = _rows_with_gradient(grad, mask)
+    mask = rows_with_gradient(grad, mask)
     valid = _valid_rows(mask, hidden.shape[0], hidden.device)
     safe_hidden, ids = _silence(hidden, ids, mask)
     for chunk in head_chunks(valid.shape[0], weight.shape[0]):
@@ -229,7 +231,7 @@ def linear_gather_logits_backward(
     head = Head(weight, bias, temperature, logit_scale, softcap)
     dtype = logits.dtype
     dhidden, dweight, dbias = _empty_gradients(hidden, head, dtype, need_weight)
-    mask = _rows_with_gradient(grad, mask)
+    mask = rows_with_gradient(grad, mask)
     valid = _valid_rows(mask, hidden.shape[0], hidden.device)
     safe_hidden, ids = _silence(hidden, ids, mask)
     for chunk in row_chunks(valid.shape[0], ids.shape[1] * weight.shape[1]):

@@ -1,0 +1,107 @@
+"""Ops on the logits of a head, on top of the walk over its vocabulary (walk.py). Their meaning is the reference's."""
+
+import torch
+from torch import Tensor
+
+from asyncopd.backends.cpu.logits import topk_logprobs
+from asyncopd.backends.cpu.walk import Gradients, Tiles, Walk
+from asyncopd.backends.reference.linear import Head, head_chunks, rows_with_gradient
+from asyncopd.backends.reference.rows import check_ids_in_range
+
+
+def linear_gather_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """hidden [N, H], weight [V, H], ids [N, K] -> fp32 log p [N, K], LSE [N]; masked rows get -inf and 0."""
+    check_ids_in_range(ids, weight.shape[0])
+    valid = slice(None) if mask is None else mask
+    walk = Walk(hidden[valid], ids[valid], Head(weight, bias, temperature, logit_scale, softcap))
+    logprobs, lse = walk.forward(Tiles.one(walk.hidden.shape[0], weight.shape[0]))
+    if mask is None:
+        return logprobs, lse
+    return _spread(logprobs, mask, -torch.inf), _spread(lse, mask, 0.0)
+
+
+def _spread(rows: Tensor, mask: Tensor, fill: float) -> Tensor:
+    """The valid rows [C, ..] among all [N, ..]."""
+    out = rows.new_full((mask.shape[0], *rows.shape[1:]), fill)
+    out[mask] = rows
+    return out
+
+
+def linear_logsumexp(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """LSE [N] of the head's logits; 0 in masked rows."""
+    no_ids = torch.empty(hidden.shape[0], 0, dtype=torch.int64)
+    return linear_gather_logprobs(hidden, weight, no_ids, bias, mask, temperature, logit_scale, softcap)[1]
+
+
+def linear_gather_logprobs_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    lse: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one)."""
+    used = rows_with_gradient(grad, mask)
+    walk = Walk(hidden[used], ids[used], Head(weight, bias, temperature, logit_scale, softcap))
+    gradients = Gradients(
+        torch.zeros_like(walk.hidden),
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
+        None if bias is None else torch.empty_like(bias),
+    )
+    walk.backward(grad[used], lse[used], gradients)
+    return _finished(gradients, used, hidden, weight)
+
+
+def _finished(gradients: Gradients, used: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The three tensors that the op returns, in their dtypes."""
+    assert gradients.hidden is not None
+    dweight, dbias = gradients.weight, gradients.bias
+    return (
+        _spread(gradients.hidden.to(hidden.dtype), used, 0.0),
+        weight.new_empty(0, weight.shape[1]) if dweight is None else dweight,
+        weight.new_empty(0) if dbias is None else dbias,
+    )
+
+
+def linear_topk_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    k: int,
+    bias: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `topk_logprobs` on the head's logits, which are made for a few whole rows at a time."""
+    head = Head(weight, bias, 1.0, logit_scale, softcap)
+    chunks = [
+        topk_logprobs(head.logits(hidden[rows]), k, temperature)
+        for rows in head_chunks(hidden.shape[0], weight.shape[0])
+    ]
+    if not chunks:
+        return topk_logprobs(torch.empty(0, weight.shape[0]), k, temperature)
+    ids, logprobs, lse = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return ids, logprobs, lse
