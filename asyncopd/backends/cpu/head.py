@@ -69,20 +69,22 @@ def linear_gather_logprobs_backward(
     gradients = Gradients(
         torch.zeros_like(walk.hidden),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
-        None if bias is None else torch.empty_like(bias),
+        None if bias is None else torch.zeros(bias.shape),
     )
     walk.backward(grad[used], lse[used], gradients)
-    return _finished(gradients, used, hidden, weight)
+    return _finished(gradients, used, hidden, weight, bias)
 
 
-def _finished(gradients: Gradients, used: Tensor, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _finished(
+    gradients: Gradients, used: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The three tensors that the op returns, in their dtypes."""
     assert gradients.hidden is not None
     dweight, dbias = gradients.weight, gradients.bias
     return (
         _spread(gradients.hidden.to(hidden.dtype), used, 0.0),
         weight.new_empty(0, weight.shape[1]) if dweight is None else dweight,
-        weight.new_empty(0) if dbias is None else dbias,
+        weight.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype),
     )
 
 

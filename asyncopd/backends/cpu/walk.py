@@ -66,21 +66,20 @@ class Tiles:
 
 @dataclass(slots=True)
 class Gradients:
-    """fp32 dH [rows, H]; dW [V, H] and db [V] in the dtypes of the head, or None where nobody wants them."""
+    """dH [rows, H] and db [V], in fp32 and 0 at first; dW [V, H] in the head's dtype. None where nobody wants it."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
 
     def add(self, cols: slice, dy: Tensor, weight: Tensor, hidden: Tensor, *, first: bool) -> None:
-        """One block: dy [rows, B], the head's fp32 rows [B, H] and hidden [rows, H]. first: nothing to add to yet."""
+        """One block: dy [rows, B], the head's fp32 rows [B, H] and hidden [rows, H]. first: dW holds nothing yet."""
         if self.hidden is not None:
             self.hidden.addmm_(dy, weight)
         if self.weight is not None:
             _product_into(self.weight[cols], dy.t(), hidden, first)
         if self.bias is not None:
-            total = dy.sum(dim=0)
-            self.bias[cols] = total if first else total + self.bias[cols]
+            self.bias[cols] += dy.sum(dim=0)
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
