@@ -50,7 +50,9 @@ def test_run_leaves_configuration_metrics_checkpoint_and_summary(tmp_path: Path,
     assert load_config(run / "config.yaml") == config
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
-    assert {"loss", "grad_norm", "lr", "sample/staleness_mean", "perf/rollout_wait_s"} <= lines[0].keys()
+    assert {"loss", "loss/student_mass", "grad_norm", "lr", "sample/staleness_mean", "perf/rollout_wait_s"} <= lines[
+        0
+    ].keys()
     written = json.loads((run / "summary.json").read_text())
     assert written.keys() >= REQUIRED_KEYS
     assert written["staleness_max"] <= (0 if mode == "sync" else 2)

@@ -14,7 +14,7 @@ from asyncopd.checkpoints import save_model
 from asyncopd.engines.draw import KIND, DrawName
 from asyncopd.engines.model import Head
 from asyncopd.engines.packing import packs, predicting_states
-from asyncopd.losses import Correction, linear_forward_kl, linear_reverse_kl
+from asyncopd.losses import Correction, LossMetrics, linear_forward_kl, linear_reverse_kl
 from asyncopd.losses.options import Baseline, Normalize, Tail
 from asyncopd.pipeline.shared import TensorSpec
 from asyncopd.pipeline.slots import SlotView
@@ -93,15 +93,19 @@ class OpdLearner:
             raise ValueError("step: got a batch without response tokens, expected at least one")
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
+        means = torch.zeros(len(LossMetrics._fields))
         for hidden, support in self._micro_batches(batch):
-            loss = self._loss(hidden, support, num_tokens)
+            loss, metrics = self._loss(hidden, support, num_tokens)
             loss.backward()
             total += loss.item()
+            # Weighted by tokens: the mean of the batch, for the percentile the mean of the packs' percentiles.
+            means += torch.stack(metrics) * (len(support.ids) / num_tokens)
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.grad_clip, error_if_nonfinite=True)
         lr = float(self.scheduler.get_last_lr()[0])
         self.optimizer.step()
         self.scheduler.step()
-        return {"loss": total, "grad_norm": float(norm), "lr": lr}
+        named = {f"loss/{name}": value for name, value in zip(LossMetrics._fields, means.tolist(), strict=True)}
+        return {"loss": total, **named, "grad_norm": float(norm), "lr": lr}
 
     def _micro_batches(self, batch: list[tuple[SlotView, list[int]]]) -> Iterator[tuple[Tensor, Support]]:
         """Hidden states [R, H] and their support, a pack at a time; all at once where rows depend on each other."""
@@ -123,10 +127,11 @@ class OpdLearner:
     def _support(self, slot: SlotView, rows: Tensor) -> Support:
         return Support(slot.ids[rows], slot.teacher_logprobs[rows], slot.log_weights[rows], KIND[self.draw])
 
-    def _loss(self, hidden: Tensor, support: Support, num_tokens: int) -> Tensor:
+    def _loss(self, hidden: Tensor, support: Support, num_tokens: int) -> tuple[Tensor, LossMetrics]:
         options = {
             "tail": self.loss.tail,
             "num_items_in_batch": num_tokens,
+            "return_metrics": True,
             "temperature": self.temperature,
             **self.head.options(),
         }

@@ -1,14 +1,15 @@
 """The two losses on log-probabilities that somebody has already gathered."""
 
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
+from asyncopd.backends.loss_spec import LossMetrics, LossSpec
 from asyncopd.losses.correction import Correction
 from asyncopd.losses.options import Baseline, Normalize, Reduction, Tail
 from asyncopd.losses.reduce import check_reduction, reduce_rows
 from asyncopd.ops import checks
-from asyncopd.ops.kl import forward_kl_rows, reverse_kl_rows
+from asyncopd.ops.kl import kl_rows
 from asyncopd.support import Support
 
 
@@ -23,7 +24,8 @@ def reverse_kl(
     correction: Correction | None = None,
     reduction: Reduction = "mean",
     num_items_in_batch: int | float | Tensor | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Any:
     """Reverse KL(student || teacher) estimated on a support; its gradient is the score-function form.
 
     Value R = sum_i w_i p_i A_i with A_i = log p_i - log q_i under the current student; gradient sum_i c_i grad log p_i,
@@ -47,6 +49,8 @@ def reverse_kl(
         correction: see `Correction`; M-sample supports only. None: importance weights alone.
         reduction: "mean" per valid row, "sum", "none" ([N]).
         num_items_in_batch: divides the sum instead: valid rows over all micro-batches and ranks.
+        return_metrics: return (loss, LossMetrics). (Hence the annotation Any: a union would have to be narrowed by
+            everybody who calls `.backward()`.)
     Returns: fp32 (fp64 for fp64) scalar or [N]. An entry where the teacher has no mass but the student has makes the
         value infinite; it takes no part in the gradient.
     Raises: TypeError, ValueError naming the argument.
@@ -70,25 +74,21 @@ def reverse_kl(
         raise ValueError("baseline: got 'loo' with a top-k support, expected independent samples")
     _check_correction(correction, support, tail, student_logprobs)
     c = correction or Correction()
-    rows, _ = reverse_kl_rows(
-        student_logprobs,
-        support.teacher_logprobs,
-        support.log_weights,
-        support.ids,
-        mask,
-        normalize,
-        tail,
-        baseline,
-        support.draw not in ("samples", "teacher_samples"),
-        correction is not None,
-        c.advantage,
-        c.ratio_cap,
-        c.clip_eps,
-        c.m2_budget,
-        c.proximal_logprobs,
-        c.proximal_cap,
+    spec = LossSpec(
+        normalize=normalize,
+        tail=tail,
+        baseline=baseline,
+        head_is_certain=_head_is_certain(support),
+        needs_policy=correction is not None,
+        advantage=c.advantage,
+        ratio_cap=c.ratio_cap,
+        clip_eps=c.clip_eps,
+        m2_budget=c.m2_budget,
+        proximal_cap=c.proximal_cap,
     )
-    return reduce_rows(rows, mask, reduction, num_items_in_batch)
+    rows, metrics = _rows(student_logprobs, support, mask, c.proximal_logprobs, spec)
+    loss = reduce_rows(rows, mask, reduction, num_items_in_batch)
+    return (loss, metrics) if return_metrics else loss
 
 
 def forward_kl(
@@ -99,7 +99,8 @@ def forward_kl(
     tail: Tail = "drop",
     reduction: Reduction = "mean",
     num_items_in_batch: int | float | Tensor | None = None,
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Any:
     """Forward KL(teacher || student) estimated on a support: F = sum_i w_i q_i (log q_i - log p_i).
 
     Args, returns and raises as `reverse_kl`. With tail="drop" a truncated support leaves the mass off the
@@ -107,8 +108,30 @@ def forward_kl(
     mend that.
     """
     mask = _check_inputs(student_logprobs, support, mask, tail, reduction, num_items_in_batch)
-    rows, _ = forward_kl_rows(student_logprobs, support.teacher_logprobs, support.log_weights, support.ids, mask, tail)
-    return reduce_rows(rows, mask, reduction, num_items_in_batch)
+    spec = LossSpec(divergence="forward", tail=tail, head_is_certain=_head_is_certain(support))
+    rows, metrics = _rows(student_logprobs, support, mask, None, spec)
+    loss = reduce_rows(rows, mask, reduction, num_items_in_batch)
+    return (loss, metrics) if return_metrics else loss
+
+
+def _head_is_certain(support: Support) -> bool:
+    """Whether entries of log-weight exactly 0 were not drawn. Independent samples are drawn, whatever they weigh."""
+    return support.draw not in ("samples", "teacher_samples")
+
+
+def _rows(
+    student: Tensor, support: Support, mask: Tensor | None, proximal: Tensor | None, spec: LossSpec
+) -> tuple[Tensor, LossMetrics]:
+    rows, _, metrics = kl_rows(
+        student,
+        support.teacher_logprobs,
+        support.log_weights,
+        support.ids,
+        mask,
+        proximal,
+        *spec.arguments(),
+    )
+    return rows, LossMetrics(*metrics.unbind())
 
 
 def _check_inputs(

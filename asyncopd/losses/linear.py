@@ -32,11 +32,12 @@ def linear_reverse_kl(
     correction: Correction | None = None,
     reduction: Reduction = "mean",
     num_items_in_batch: int | float | Tensor | None = None,
+    return_metrics: bool = False,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-) -> Tensor:
+) -> Any:
     """`reverse_kl` straight from hidden states; see there for the loss and its options.
 
     Args:
@@ -45,7 +46,8 @@ def linear_reverse_kl(
         support: K entries a row. mask: [N]; masked rows are not computed and may hold anything.
         bias: [V] or None. temperature: divides the logits; the teacher's scores must have been made with the same.
         logit_scale, softcap: as the model applies them.
-    Returns: fp32 scalar (fp64 for fp64) or [N]; gradients reach hidden, weight and bias, accumulated in fp32.
+    Returns: fp32 scalar (fp64 for fp64) or [N], with `return_metrics` (loss, LossMetrics); gradients reach hidden,
+        weight and bias, accumulated in fp32.
     Raises: TypeError, ValueError naming the argument.
     """
     kind = _reverse_kl_head_work(normalize, tail, baseline, correction)
@@ -61,6 +63,7 @@ def linear_reverse_kl(
         correction=correction,
         reduction=reduction,
         num_items_in_batch=num_items_in_batch,
+        return_metrics=return_metrics,
     )
 
 
@@ -73,17 +76,26 @@ def linear_forward_kl(
     tail: Tail = "drop",
     reduction: Reduction = "mean",
     num_items_in_batch: int | float | Tensor | None = None,
+    return_metrics: bool = False,
     bias: Tensor | None = None,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
-) -> Tensor:
+) -> Any:
     """`forward_kl` straight from hidden states; arguments as `linear_reverse_kl`."""
     mask = _check(hidden, support, mask)
     # Renormalised: c_i = p_i/P - q_i/Q, which sums to 0.
     kind = "centred" if tail == "renormalize" else "logprobs"
     scores = gather_from_head(hidden, lm_head_weight, support.ids, mask, kind, bias, temperature, logit_scale, softcap)
-    return forward_kl(scores, support, mask=mask, tail=tail, reduction=reduction, num_items_in_batch=num_items_in_batch)
+    return forward_kl(
+        scores,
+        support,
+        mask=mask,
+        tail=tail,
+        reduction=reduction,
+        num_items_in_batch=num_items_in_batch,
+        return_metrics=return_metrics,
+    )
 
 
 def _check(hidden: Tensor, support: Support, mask: Tensor | None) -> Tensor | None:
@@ -102,7 +114,7 @@ def _reverse_kl_head_work(normalize: str, tail: str, baseline: str, correction: 
 class _LinearLoss(nn.Module):
     """A linear loss with its options bound."""
 
-    _function: Callable[..., Tensor]
+    _function: Callable[..., Any]
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -117,7 +129,7 @@ class _LinearLoss(nn.Module):
         mask: Tensor | None = None,
         bias: Tensor | None = None,
         num_items_in_batch: int | float | Tensor | None = None,
-    ) -> Tensor:
+    ) -> Any:
         return type(self)._function(
             hidden, lm_head_weight, support, mask=mask, bias=bias, num_items_in_batch=num_items_in_batch, **self.options
         )
@@ -139,6 +151,7 @@ class LinearReverseKLLoss(_LinearLoss):
         baseline: Baseline = "none",
         correction: Correction | None = None,
         reduction: Reduction = "mean",
+        return_metrics: bool = False,
         temperature: float = 1.0,
         logit_scale: float = 1.0,
         softcap: float | None = None,
@@ -149,6 +162,7 @@ class LinearReverseKLLoss(_LinearLoss):
             baseline=baseline,
             correction=correction,
             reduction=reduction,
+            return_metrics=return_metrics,
             temperature=temperature,
             logit_scale=logit_scale,
             softcap=softcap,
@@ -165,10 +179,16 @@ class LinearForwardKLLoss(_LinearLoss):
         *,
         tail: Tail = "drop",
         reduction: Reduction = "mean",
+        return_metrics: bool = False,
         temperature: float = 1.0,
         logit_scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
         super().__init__(
-            tail=tail, reduction=reduction, temperature=temperature, logit_scale=logit_scale, softcap=softcap
+            tail=tail,
+            reduction=reduction,
+            return_metrics=return_metrics,
+            temperature=temperature,
+            logit_scale=logit_scale,
+            softcap=softcap,
         )

@@ -1,4 +1,4 @@
-"""The [N, K] loss ops: row losses and the coefficients that are their gradient, in one pass."""
+"""The [N, K] loss op: row losses, the coefficients that are their gradient, and metrics, in one pass."""
 
 from typing import Any
 
@@ -6,74 +6,52 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends import select
+from asyncopd.backends.loss_spec import SPEC_SCHEMA, LossMetrics, LossSpec
 from asyncopd.backends.reference.rows import compute_dtype
 
+_SCHEMA = (
+    f"(Tensor student, Tensor teacher, Tensor log_weights, Tensor ids, Tensor? mask, Tensor? proximal, {SPEC_SCHEMA})"
+    " -> (Tensor rows, Tensor coef, Tensor metrics)"
+)
 
-@torch.library.custom_op("asyncopd::reverse_kl", mutates_args=())
-def reverse_kl_rows(
+
+@torch.library.custom_op("asyncopd::kl_rows", mutates_args=(), schema=_SCHEMA)
+def kl_rows(
     student: Tensor,
     teacher: Tensor,
     log_weights: Tensor,
     ids: Tensor,
     mask: Tensor | None,
-    normalize: str,
-    tail: str,
-    baseline: str,
-    head_is_certain: bool,
-    needs_policy: bool,
-    advantage: str,
-    ratio_cap: float | None,
-    clip_eps: float | None,
-    m2_budget: float | None,
     proximal: Tensor | None,
-    proximal_cap: float,
-) -> tuple[Tensor, Tensor]:
-    run = select("reverse_kl", student.device, student.dtype)
-    return run(
-        student,
-        teacher,
-        log_weights,
-        ids,
-        mask,
-        normalize,
-        tail,
-        baseline,
-        head_is_certain,
-        needs_policy,
-        advantage,
-        ratio_cap,
-        clip_eps,
-        m2_budget,
-        proximal,
-        proximal_cap,
+    *spec: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [N], coefficients c [N, K] with respect to `student`, and the values of a LossMetrics."""
+    run = select("kl_rows", student.device, compute_dtype(student, teacher))
+    return run(student, teacher, log_weights, ids, mask, proximal, LossSpec.of(spec))
+
+
+@kl_rows.register_fake
+def _(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = compute_dtype(student, teacher)
+    return (
+        student.new_empty(student.shape[0], dtype=dtype),
+        student.new_empty(student.shape, dtype=dtype),
+        student.new_empty(len(LossMetrics._fields), dtype=dtype),
     )
 
 
-@torch.library.custom_op("asyncopd::forward_kl", mutates_args=())
-def forward_kl_rows(
-    student: Tensor, teacher: Tensor, log_weights: Tensor, ids: Tensor, mask: Tensor | None, tail: str
-) -> tuple[Tensor, Tensor]:
-    return select("forward_kl", student.device, student.dtype)(student, teacher, log_weights, ids, mask, tail)
-
-
-def _fake(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(student, teacher)
-    return student.new_empty(student.shape[0], dtype=dtype), student.new_empty(student.shape, dtype=dtype)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    _, coef, metrics = output
     ctx.num_inputs, ctx.dtype = len(inputs), inputs[0].dtype
-    ctx.save_for_backward(output[1])
-    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(coef)
+    ctx.mark_non_differentiable(coef, metrics)
 
 
-def _gradient(ctx: Any, grad: Tensor, _grad_coef: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (coef,) = ctx.saved_tensors
     # where, not a product: a row that the caller dropped has gradient 0, even if its coefficients are NaN.
     grad = torch.where(grad[:, None] == 0, 0.0, coef * grad[:, None])
     return grad.to(ctx.dtype), *(None for _ in range(ctx.num_inputs - 1))
 
 
-for _op in (reverse_kl_rows, forward_kl_rows):
-    _op.register_fake(_fake)
-    _op.register_autograd(_gradient, setup_context=_save)
+kl_rows.register_autograd(_gradient, setup_context=_save)

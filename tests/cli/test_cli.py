@@ -57,7 +57,7 @@ def make_summary(mode: str, throughput: float) -> Summary:
         cache_bytes_per_token=776,
         consumed_tokens=1000,
         wall_seconds=60.0,
-        backends={"reverse_kl": "reference"},
+        backends={"kl_rows": "reference"},
         machine="a machine",
         torch_version="2",
         threads_per_worker=1,

@@ -152,6 +152,16 @@ def test_options_reach_the_loss(student: PreTrainedModel, teacher: PreTrainedMod
     assert len({round(loss, 4) for loss in losses.values()}) == 4
 
 
+def test_metrics_are_means_over_the_tokens_of_all_packs(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    slot, _ = scored_slot(student, teacher, "samples", 5, 0)
+    one, many = (make_learner(make_model(0), "samples", packed).step([(slot, list(range(7)))]) for packed in (1000, 25))
+    for name in ("student_mass", "teacher_mass", "ess", "coef_sum", "ratio_mean", "clip_fraction"):
+        assert many[f"loss/{name}"] == pytest.approx(one[f"loss/{name}"], rel=1e-4, abs=1e-6), name
+    assert one["loss/ratio_p99"] > one["loss/ratio_mean"] > 0
+    assert one["loss/student_mass"] == pytest.approx(one["loss/ratio_mean"], rel=1e-4)  # all entries are samples
+    assert 1 < one["loss/ess"] < 5
+
+
 def test_empty_batch_is_refused(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     slot, _ = scored_slot(student, teacher, "token", 1, 0)
     with pytest.raises(ValueError, match="without response tokens"):

@@ -170,6 +170,32 @@ def forward_row(
     return value, coef
 
 
+def metrics_of(
+    student: Tensor, support: Support, coef: Tensor, options: Options | None = None, mask: Tensor | None = None
+) -> dict[str, float]:
+    """What LossMetrics holds, but for the clip's share, entry by entry in fp64."""
+    o = options or Options()
+    masses, teacher, sizes, sums, ratios = ([] for _ in range(5))  # type: tuple[list[float], ...]
+    for n, ids in enumerate(support.ids.tolist()):
+        valid = [k for k, token in enumerate(ids) if token >= 0 and (mask is None or mask[n])]
+        if not valid:
+            continue
+        w = {k: math.exp(support.log_weights[n, k].double().item()) for k in valid}
+        wp = {k: w[k] * math.exp(student[n, k].double().item()) for k in valid}
+        if o.normalize == "sampled":
+            wp = {k: x / sum(wp.values()) for k, x in wp.items()}
+        masses.append(sum(wp.values()))
+        teacher.append(sum(w[k] * math.exp(support.teacher_logprobs[n, k].double().item()) for k in valid))
+        sizes.append(masses[-1] ** 2 / sum(x * x for x in wp.values()) if masses[-1] else 0.0)
+        sums.append(float(coef[n].double().sum()))
+        drawn = [k for k in valid if not o.certain(support.log_weights[n, k].item())]
+        ratios += [len(drawn) * wp[k] for k in drawn]
+    rank = next((r for r in range(1, len(ratios) + 1) if 100 * r >= 99 * len(ratios)), 0)
+    columns = {"student_mass": masses, "teacher_mass": teacher, "ess": sizes, "coef_sum": sums, "ratio_mean": ratios}
+    means = {name: sum(values) / len(values) if values else 0.0 for name, values in columns.items()}
+    return {**means, "ratio_p99": sorted(ratios)[rank - 1] if ratios else 0.0}
+
+
 def rows_of(
     loss: Callable[..., tuple[float, list[float]]], student: Tensor, support: Support, *args: object
 ) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,7 @@ def test_reduction_identity_of_0_for_minus_inf(engine: str, rng: torch.Generator
     assert set(sample_support(logits, num_samples=32, seed=3).ids.flatten().tolist()) == {41, 42}
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", *LINEAR)
+@pytest.mark.ops("kl_rows", *LINEAR)
 @pytest.mark.parametrize("baseline", ["none", "mean", "loo"])
 def test_0_times_inf_from_padding(engine: str, rng: torch.Generator, baseline: Any) -> None:
     inf = torch.full((2, 3), -INF)
@@ -96,7 +96,7 @@ def test_0_times_inf_from_padding(engine: str, rng: torch.Generator, baseline: A
         assert leaf.grad.isfinite().all()
 
 
-@pytest.mark.ops("topk_logprobs", "sample_support", "reverse_kl", *GATHER)
+@pytest.mark.ops("topk_logprobs", "sample_support", "kl_rows", *GATHER)
 def test_python_floats_becoming_fp64(engine: str, rng: torch.Generator) -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         logits = torch.randn(2, 9, generator=rng).to(dtype).requires_grad_()
@@ -123,7 +123,7 @@ def test_p_minus_1_rounded_to_bf16(engine: str) -> None:
     torch.testing.assert_close(logits.grad.double(), expected, rtol=2**-8 + 3e-3, atol=0)
 
 
-@pytest.mark.ops("reverse_kl", "linear_gather_logits", "linear_gather_logits_backward", "linear_logsumexp", *LINEAR)
+@pytest.mark.ops("kl_rows", "linear_gather_logits", "linear_gather_logits_backward", "linear_logsumexp", *LINEAR)
 @pytest.mark.parametrize("options", [{}, {"baseline": "mean"}, {"normalize": "sampled"}], ids=str)
 def test_bf16_accumulation_of_dw_and_dh_over_chunks(
     engine: str, rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
@@ -204,7 +204,7 @@ def test_item_on_the_hot_path_of_the_public_functions() -> None:
         linear_topk_logprobs(hidden, weight, 2)
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", *GATHER)
+@pytest.mark.ops("kl_rows", *GATHER)
 @pytest.mark.parametrize("loss", [reverse_kl, forward_kl])
 def test_per_row_upstream_gradients_lost(engine: str, rng: torch.Generator, loss: Any) -> None:
     s = scene(rng)
@@ -218,7 +218,7 @@ def test_per_row_upstream_gradients_lost(engine: str, rng: torch.Generator, loss
     assert (one.abs().sum(1) > 0).all()
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", *LINEAR)
+@pytest.mark.ops("kl_rows", *LINEAR)
 def test_all_rows_masked(engine: str, rng: torch.Generator) -> None:
     s = scene(rng, rows=4)
     sup = support(s, "samples", rng)
@@ -277,7 +277,7 @@ def test_sampling_with_seeds_that_collide(engine: str) -> None:
     assert len(set(draws)) == len(draws)
 
 
-@pytest.mark.ops("reverse_kl", *LINEAR)
+@pytest.mark.ops("kl_rows", *LINEAR)
 def test_denominator_over_micro_batches_is_rows_and_not_batches(engine: str, rng: torch.Generator) -> None:
     s = scene(rng, rows=10)
     sup = support(s, "samples", rng)
@@ -292,7 +292,7 @@ def test_denominator_over_micro_batches_is_rows_and_not_batches(engine: str, rng
     assert (mean_of_means - whole).abs() > 1e-2
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", "topk_logprobs", "sample_support", *LINEAR)
+@pytest.mark.ops("kl_rows", "topk_logprobs", "sample_support", *LINEAR)
 def test_temperature_on_one_side_only(engine: str, rng: torch.Generator) -> None:
     # Every function divides its own logits: with the same model on both sides the loss is 0 at any temperature.
     hidden, weight = torch.randn(6, 4, generator=rng), 2 * torch.randn(30, 4, generator=rng)
@@ -308,7 +308,7 @@ def test_temperature_on_one_side_only(engine: str, rng: torch.Generator) -> None
             assert loss(hidden, weight, sup, temperature=t * 1.5).abs() > 1e-2
 
 
-@pytest.mark.ops("reverse_kl", *GATHER)
+@pytest.mark.ops("kl_rows", *GATHER)
 def test_temperature_squared_is_not_smuggled_in(engine: str, rng: torch.Generator) -> None:
     s = scene(rng)
     sup = full_support(s.log_q.float())
@@ -342,7 +342,7 @@ def test_truncated_reverse_kl_minimised_by_pushing_mass_off_the_support() -> Non
     assert mass_after(plain=False) == pytest.approx(before, abs=1e-9)
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", *GATHER)
+@pytest.mark.ops("kl_rows", *GATHER)
 def test_clamps_that_zero_the_gradient_where_the_student_is_worst(engine: str) -> None:
     # The teacher is sure of token 0, which the student gives e^-60; and the student of token 1, the teacher's e^-60.
     logits = torch.tensor([[-60.0, 0.0, -30.0]]).requires_grad_()

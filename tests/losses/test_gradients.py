@@ -71,7 +71,7 @@ def test_gradcheck_through_the_head(rng: torch.Generator, draw: str, loss: Any, 
 # ------------------------------------------------------------------------- against the loops over single entries
 
 
-@pytest.mark.ops("reverse_kl")
+@pytest.mark.ops("kl_rows")
 @pytest.mark.parametrize("baseline", ["none", "mean", "loo"])
 @pytest.mark.parametrize("normalize", ["exact", "sampled"])
 @pytest.mark.parametrize("draw", DRAWS)
@@ -91,7 +91,7 @@ def test_reverse_kl_is_the_sum_over_its_entries(
     backend.close(student.grad, coef)
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl")
+@pytest.mark.ops("kl_rows")
 @pytest.mark.parametrize("tail", ["drop", "bucket", "renormalize"])
 @pytest.mark.parametrize("loss", ["reverse", "forward"])
 @pytest.mark.parametrize("draw", ["teacher_top_k", "student_top_k"])
@@ -115,7 +115,7 @@ def test_truncated_losses_are_the_sum_over_their_entries(
         assert (values > 0).all()  # a divergence
 
 
-@pytest.mark.ops("reverse_kl", "linear_gather_logprobs", "linear_gather_logprobs_backward")
+@pytest.mark.ops("kl_rows", "linear_gather_logprobs", "linear_gather_logprobs_backward")
 def test_drop_leaves_the_plus_one_out(backend: Backend, rng: torch.Generator) -> None:
     """dz = scatter(c) - (sum c) softmax with c = p A, and not the plain derivative's p (A + 1)."""
     s = scene(rng)
@@ -148,7 +148,7 @@ def test_sampled_supports_leave_the_plus_one_out(rng: torch.Generator) -> None:
     assert (plain - mine).abs().max() > 1e-2
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", "linear_gather_logprobs", "linear_gather_logprobs_backward")
+@pytest.mark.ops("kl_rows", "linear_gather_logprobs", "linear_gather_logprobs_backward")
 @pytest.mark.parametrize("loss", [linear_reverse_kl, linear_forward_kl])
 def test_upstream_gradients_of_single_rows_arrive(backend: Backend, rng: torch.Generator, loss: Any) -> None:
     s = scene(rng, rows=6)

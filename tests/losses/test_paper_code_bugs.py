@@ -10,7 +10,7 @@ from asyncopd import Support, align_rows, linear_reverse_kl, sample_support, top
 LINEAR = ("linear_gather_logprobs", "linear_gather_logprobs_backward")
 
 
-@pytest.mark.ops("reverse_kl", "topk_logprobs", *LINEAR)
+@pytest.mark.ops("kl_rows", "topk_logprobs", *LINEAR)
 def test_top_k_support_off_by_one_token(engine: str, rng: torch.Generator) -> None:
     states, weight = torch.randn(2, 8, 5, generator=rng), 2 * torch.randn(50, 5, generator=rng)
     aligned = align_rows(states, torch.ones(2, 8, dtype=torch.int64))

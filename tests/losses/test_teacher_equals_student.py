@@ -33,7 +33,7 @@ def on(backend: Backend, s: Support) -> Support:
     return Support(s.ids, backend.tensor(s.teacher_logprobs), backend.tensor(s.log_weights), s.draw)
 
 
-@pytest.mark.ops("reverse_kl", *GATHER)
+@pytest.mark.ops("kl_rows", *GATHER)
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize(("draw", "options"), CASES, ids=str)
 def test_reverse_kl_and_its_gradient_vanish(
@@ -48,7 +48,7 @@ def test_reverse_kl_and_its_gradient_vanish(
     backend.close(logits.grad, torch.zeros(logits.shape))
 
 
-@pytest.mark.ops("reverse_kl", *GATHER)
+@pytest.mark.ops("kl_rows", *GATHER)
 @pytest.mark.parametrize("tail", ["bucket", "renormalize"])
 @pytest.mark.parametrize("draw", ["teacher_top_k", "student_top_k"])
 def test_reverse_kl_with_a_tail_vanishes(backend: Backend, rng: torch.Generator, draw: str, tail: Any) -> None:
@@ -62,7 +62,7 @@ def test_reverse_kl_with_a_tail_vanishes(backend: Backend, rng: torch.Generator,
     backend.close(logits.grad, torch.zeros(logits.shape))
 
 
-@pytest.mark.ops("forward_kl", *GATHER)
+@pytest.mark.ops("kl_rows", *GATHER)
 @pytest.mark.parametrize("stale", [False, True])
 @pytest.mark.parametrize("draw", DRAWS)
 def test_forward_kl_vanishes(backend: Backend, rng: torch.Generator, draw: str, stale: bool) -> None:
@@ -72,7 +72,7 @@ def test_forward_kl_vanishes(backend: Backend, rng: torch.Generator, draw: str, 
     backend.close(loss, torch.zeros(5))
 
 
-@pytest.mark.ops("forward_kl", *GATHER)
+@pytest.mark.ops("kl_rows", *GATHER)
 @pytest.mark.parametrize("tail", ["drop", "bucket", "renormalize"])
 def test_forward_kl_gradient_vanishes_where_the_loss_is_a_divergence(
     backend: Backend, rng: torch.Generator, tail: Any
@@ -87,7 +87,7 @@ def test_forward_kl_gradient_vanishes_where_the_loss_is_a_divergence(
     backend.close(logits.grad, torch.zeros(logits.shape))
 
 
-@pytest.mark.ops("reverse_kl", *GATHER)
+@pytest.mark.ops("kl_rows", *GATHER)
 @pytest.mark.parametrize("draw", ["samples", "sampled_token", "head_tail"])
 def test_sampled_normalisation_on_policy_too(backend: Backend, rng: torch.Generator, draw: str) -> None:
     # Samples of the current policy estimate LSE without error, and so does a head with them.
@@ -104,7 +104,7 @@ def test_sampled_normalisation_on_policy_too(backend: Backend, rng: torch.Genera
 # ------------------------------------------------------------- through the ops, with the helper that shifts
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", "topk_logprobs", "linear_topk_logprobs", "sample_support", *LINEAR)
+@pytest.mark.ops("kl_rows", "topk_logprobs", "linear_topk_logprobs", "sample_support", *LINEAR)
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("draw", ["top_k", "linear_top_k", "samples", "own_token", "head_tail"])
 def test_through_extraction_shift_and_fused_loss(
@@ -137,7 +137,7 @@ def test_through_extraction_shift_and_fused_loss(
     backend.close(forward.detach(), torch.zeros(()))
 
 
-@pytest.mark.ops("reverse_kl", "topk_logprobs", *GATHER)
+@pytest.mark.ops("kl_rows", "topk_logprobs", *GATHER)
 def test_a_support_shifted_by_one_token_would_be_seen(backend: Backend, rng: torch.Generator) -> None:
     logits = backend.tensor(3 * torch.randn(12, 30, generator=rng, dtype=torch.float64))
     sup = Support.from_topk(topk_logprobs(logits, 8))

@@ -60,7 +60,7 @@ COMPILED: list[tuple[str, Any, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", *LINEAR)
+@pytest.mark.ops("kl_rows", *LINEAR)
 @pytest.mark.parametrize(("draw", "loss", "options"), COMPILED, ids=str)
 def test_compiled_fused_losses(backend: Backend, rng: torch.Generator, draw: str, loss: Any, options: Any) -> None:
     leaves, sup, mask = problem(backend, rng, draw)
@@ -73,7 +73,7 @@ def test_compiled_fused_losses(backend: Backend, rng: torch.Generator, draw: str
         backend.close(a, b.double())
 
 
-@pytest.mark.ops("reverse_kl", *GATHER)
+@pytest.mark.ops("kl_rows", *GATHER)
 def test_compiled_reverse_kl_that_builds_its_support(backend: Backend, rng: torch.Generator) -> None:
     leaves, sup, mask = problem(backend, rng)
 
@@ -101,7 +101,7 @@ def test_compiled_sample_support(engine: str, rng: torch.Generator, by_stream: b
             torch.testing.assert_close(a, b)
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", *LINEAR)
+@pytest.mark.ops("kl_rows", *LINEAR)
 @pytest.mark.parametrize("loss", [linear_reverse_kl, linear_forward_kl])
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_autocast(engine: str, rng: torch.Generator, loss: Any, weight_dtype: torch.dtype) -> None:
@@ -131,7 +131,7 @@ def test_autocast(engine: str, rng: torch.Generator, loss: Any, weight_dtype: to
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=2**-8, atol=1e-6)
 
 
-@pytest.mark.ops("reverse_kl", *LINEAR)
+@pytest.mark.ops("kl_rows", *LINEAR)
 def test_autocast_leaves_fp64_alone(rng: torch.Generator) -> None:
     leaves, sup, _ = problem(Backend("reference", torch.float64), rng)
     with torch.autocast("cpu", torch.bfloat16):
@@ -143,7 +143,7 @@ def test_autocast_leaves_fp64_alone(rng: torch.Generator) -> None:
 HEAD: dict[str, Any] = {"temperature": 0.8, "logit_scale": 1.3, "softcap": 4.0}
 
 
-@pytest.mark.ops("reverse_kl", "forward_kl", *LINEAR)
+@pytest.mark.ops("kl_rows", *LINEAR)
 def test_modules_are_the_functions(backend: Backend, rng: torch.Generator) -> None:
     (hidden, weight, bias), sup, mask = problem(backend, rng, "samples")
     call: dict[str, Any] = {"mask": mask, "bias": bias}
@@ -178,7 +178,7 @@ def test_modules_print_copy_and_pickle() -> None:
         assert not list(module.parameters())
 
 
-@pytest.mark.ops("reverse_kl", *LINEAR)
+@pytest.mark.ops("kl_rows", *LINEAR)
 def test_gradient_checkpointing(backend: Backend, rng: torch.Generator) -> None:
     from torch.utils.checkpoint import checkpoint
 
@@ -193,7 +193,7 @@ def test_gradient_checkpointing(backend: Backend, rng: torch.Generator) -> None:
         backend.close(a, b.double())
 
 
-@pytest.mark.ops("reverse_kl", *LINEAR)
+@pytest.mark.ops("kl_rows", *LINEAR)
 def test_gradients_only_where_they_are_asked_for(backend: Backend, rng: torch.Generator) -> None:
     (hidden, weight, bias), sup, _ = problem(backend, rng)
     hidden.requires_grad_()

@@ -7,6 +7,7 @@ import torch
 from torch.library import opcheck
 
 import asyncopd  # noqa: F401  (registers the ops)
+from asyncopd.backends.loss_spec import LossSpec
 
 OPS = torch.ops.asyncopd
 N, V, H, K = 4, 13, 3, 5
@@ -23,8 +24,21 @@ LSE = f32(N)
 PLAIN, FULL = (None, None, 1.0, 1.0, None), (f32(V), MASK, 0.7, 1.3, 4.0)
 EXTRACT_PLAIN, EXTRACT_FULL = (None, 1.0, 1.0, None), (f32(V), 0.7, 1.3, 4.0)
 LOGP, LOGQ, LOGW = (f32(N, V).log_softmax(1)[:, :K] for _ in range(3))
-REVERSE = (LOGP, LOGQ, LOGW, IDS)
-NO_CORRECTION = ("current", None, None, None, None, 5.0)
+CERTAIN = (LOGP, LOGQ, torch.zeros(N, K), IDS, None, None)
+DRAWN = (LOGP, LOGQ, LOGW, IDS, MASK, None)
+KL: list[tuple[tuple[Any, ...], LossSpec]] = [
+    ((LOGP, LOGQ, LOGW, IDS, None, None), LossSpec()),
+    (
+        (LOGP, LOGQ, LOGW, IDS, MASK, LOGQ),
+        LossSpec(normalize="sampled", baseline="loo", head_is_certain=False, needs_policy=True, advantage="behavior",
+                 clip_eps=0.2),
+    ),
+    (DRAWN, LossSpec(baseline="mean", head_is_certain=False, needs_policy=True, m2_budget=0.04)),
+    (DRAWN, LossSpec(head_is_certain=False, needs_policy=True, ratio_cap=1.5)),
+    (CERTAIN, LossSpec(tail="bucket")),
+    (DRAWN, LossSpec(divergence="forward")),
+    (CERTAIN, LossSpec(divergence="forward", tail="renormalize")),
+]  # fmt: skip
 
 CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("topk_logprobs", (f32(N, V), K, 0.7)),
@@ -41,16 +55,11 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
     *(("linear_gather_logits_backward", (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, *h, h is FULL))
       for h in (PLAIN, FULL)),
     ("linear_logsumexp", (f32(N, H), f32(V, H), *FULL)),
-    ("reverse_kl", (*REVERSE, None, "exact", "drop", "none", True, False, *NO_CORRECTION)),
-    ("reverse_kl", (*REVERSE, MASK, "sampled", "drop", "loo", False, True, "behavior", None, 0.2, None, LOGQ, 5.0)),
-    ("reverse_kl", (*REVERSE, MASK, "exact", "drop", "mean", False, True, "current", None, None, 0.04, None, 5.0)),
-    ("reverse_kl", (LOGP, LOGQ, torch.zeros(N, K), IDS, None, "exact", "bucket", "none", True, False, *NO_CORRECTION)),
-    ("forward_kl", (*REVERSE, MASK, "drop")),
-    ("forward_kl", (LOGP, LOGQ, torch.zeros(N, K), IDS, None, "renormalize")),
+    *(("kl_rows", (*args, *spec.arguments())) for args, spec in KL),
     ("sample_support", (f32(N, V), 4, 2, 3, None, None, 0.7)),
     ("sample_support", (f32(N, V), 4, 0, 0, torch.arange(N), torch.arange(N), 1.0)),
 ]  # fmt: skip
-DIFFERENTIABLE = ("gather_logprobs", "linear_gather_logprobs", "linear_gather_logits", "reverse_kl", "forward_kl")
+DIFFERENTIABLE = ("gather_logprobs", "linear_gather_logprobs", "linear_gather_logits", "kl_rows")
 
 
 def with_gradients(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ Nothing here ever holds an [N, V] tensor that its caller did not pass in: rows a
 
 from asyncopd.backends.reference.extract import linear_topk_logprobs, topk_logprobs
 from asyncopd.backends.reference.gather import gather_logprobs, gather_logprobs_backward
-from asyncopd.backends.reference.kl import forward_kl, reverse_kl
+from asyncopd.backends.reference.kl import kl_rows
 from asyncopd.backends.reference.linear import (
     linear_gather_logits,
     linear_gather_logits_backward,
@@ -17,16 +17,15 @@ from asyncopd.backends.reference.linear import (
 from asyncopd.backends.reference.sample import sample_support
 
 __all__ = [
-    "forward_kl",
     "gather_logprobs",
     "gather_logprobs_backward",
+    "kl_rows",
     "linear_gather_logits",
     "linear_gather_logits_backward",
     "linear_gather_logprobs",
     "linear_gather_logprobs_backward",
     "linear_logsumexp",
     "linear_topk_logprobs",
-    "reverse_kl",
     "sample_support",
     "topk_logprobs",
 ]

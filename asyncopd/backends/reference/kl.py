@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asyncopd.backends.loss_spec import LossSpec
+from asyncopd.backends.reference.kl_metrics import loss_metrics
 from asyncopd.backends.reference.rows import compute_dtype
 
 
@@ -62,70 +64,71 @@ def _log_ratio(log_a: Tensor, log_b: Tensor) -> Tensor:
     return (log_a - log_b).masked_fill(log_a == -torch.inf, 0.0)
 
 
-def reverse_kl(
+def kl_rows(
     student: Tensor,
     teacher: Tensor,
     log_weights: Tensor,
     ids: Tensor,
     mask: Tensor | None,
-    normalize: str,
-    tail: str,
-    baseline: str,
-    head_is_certain: bool,
-    needs_policy: bool,
-    advantage: str,
-    ratio_cap: float | None,
-    clip_eps: float | None,
-    m2_budget: float | None,
     proximal: Tensor | None,
-    proximal_cap: float,
-) -> tuple[Tensor, Tensor]:
-    """Row losses [N] and coefficients [N, K] with respect to `student` (logits if normalize is "sampled").
-
-    head_is_certain: entries of log-weight exactly 0 were not drawn (top-k, the head of head + tail).
-    needs_policy: log mu = -log M - log w is meaningful (M-sample supports); every correction asks for it.
-    """
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Row losses [N], coefficients [N, K] by `student` (logits if normalize is "sampled"), values of a LossMetrics."""
     t = _terms(student, teacher, log_weights, ids, mask)
     if student.device.type == "cpu":
-        _check_weights(t, tail, needs_policy and head_is_certain)
-    if tail != "drop":
-        loss, coef = _true_reverse_kl(t, tail)
-        return loss.squeeze(1), coef
+        _check_weights(t, spec.tail, spec.needs_policy and spec.head_is_certain)
+    changed = torch.zeros_like(t.valid)
+    if spec.divergence == "forward":
+        loss, coef = _forward_kl(t, spec.tail)
+    elif spec.tail != "drop":
+        loss, coef = _true_reverse_kl(t, spec.tail)
+    else:
+        if spec.normalize == "sampled":
+            log_z = _log_mass(t.log_w + t.log_p)
+            t.log_p = (t.log_p - log_z).masked_fill(t.log_p == -torch.inf, -torch.inf)
+        loss, coef, changed = _reverse_kl(t, proximal, spec)
+    drawn = _drawn(t, spec.head_is_certain)
+    return loss.squeeze(1), coef, loss_metrics(t.valid, t.log_w, t.log_p, t.log_q, coef, changed, drawn)
 
-    if normalize == "sampled":
-        log_z = _log_mass(t.log_w + t.log_p)
-        t.log_p = (t.log_p - log_z).masked_fill(t.log_p == -torch.inf, -torch.inf)
 
+def _drawn(t: _Terms, head_is_certain: bool) -> Tensor:
+    return t.valid & (t.log_w != 0) if head_is_certain else t.valid
+
+
+def _reverse_kl(t: _Terms, proximal: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses [N, 1], coefficients, and where a correction changed the gradient."""
     log_mu = None
-    if needs_policy:
+    if spec.needs_policy:
         log_mu = (-torch.log(_sum(t.valid).to(t.log_w.dtype)) - t.log_w).masked_fill(~t.valid, 0.0)
-    signal = _log_ratio(t.log_p if advantage == "current" else _behaviour(log_mu, t), t.log_q)
+    signal = _log_ratio(t.log_p if spec.advantage == "current" else _behaviour(log_mu, t), t.log_q)
     # Where the teacher has no mass the divergence is infinite; the value says so, the gradient leaves the term out.
     infinite = signal == torch.inf
-    omega = _weights(t, log_mu, ratio_cap, proximal, proximal_cap)
+    omega, changed = _weights(t, log_mu, proximal, spec)
+    changed &= ~infinite
     centred = signal.masked_fill(infinite, 0.0)
-    b = _baseline(baseline, omega.masked_fill(infinite, 0.0), centred, t, head_is_certain)
+    b = _baseline(spec.baseline, omega.masked_fill(infinite, 0.0), centred, t, spec.head_is_certain)
     centred = (centred - b).masked_fill(infinite, 0.0)
 
     value = omega
-    if clip_eps is not None or m2_budget is not None:
+    if spec.clip_eps is not None or spec.m2_budget is not None:
         old = log_mu if proximal is None else proximal.to(t.log_p.dtype)
         assert old is not None
         log_ratio = _log_ratio(t.log_p, old)
         log_ratio = log_ratio.masked_fill(~t.valid, 0.0)
-        low, high = _clip_bounds(clip_eps, m2_budget, log_ratio, centred, t.valid)
+        low, high = _clip_bounds(spec, log_ratio, centred, t.valid)
         # A loss falls as its advantage -(A - b) is followed; the clip binds where the ratio already went that way.
         binds = ((centred < 0) & (log_ratio > high)) | ((centred > 0) & (log_ratio < low))
         clipped = log_ratio.clamp(min=low).clamp(max=high)
         value = torch.where(binds, omega * torch.exp(clipped - log_ratio), omega)
         omega = omega.masked_fill(binds, 0.0)
+        changed |= binds
 
     loss = _sum((value * signal).masked_fill(value == 0, 0.0))
     coef = omega * centred
-    if normalize == "sampled":
+    if spec.normalize == "sampled":
         # The normaliser is a function of the same logits: d log p_i = dz_i - sum_j w_j p_j dz_j.
         coef = coef - _sum(coef) * torch.exp(t.log_w + t.log_p)
-    return loss.squeeze(1), coef.masked_fill(~t.valid, 0.0)
+    return loss, coef.masked_fill(~t.valid, 0.0), changed
 
 
 def _behaviour(log_mu: Tensor | None, t: _Terms) -> Tensor:
@@ -133,19 +136,21 @@ def _behaviour(log_mu: Tensor | None, t: _Terms) -> Tensor:
     return log_mu.masked_fill(~t.valid, -torch.inf)
 
 
-def _weights(
-    t: _Terms, log_mu: Tensor | None, ratio_cap: float | None, proximal: Tensor | None, proximal_cap: float
-) -> Tensor:
-    """w p, or its corrected form: min(p/mu, cap)/M; or p/mu / M where p_prox/mu is at most its cap, else 0."""
+def _weights(t: _Terms, log_mu: Tensor | None, proximal: Tensor | None, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """w p and where it was corrected: to min(p/mu, cap)/M; to 0 where p_prox/mu is above its cap, else p/mu / M."""
     log_omega = t.log_w + t.log_p
-    if ratio_cap is not None:
+    changed = torch.zeros_like(t.valid)
+    if spec.ratio_cap is not None:
         assert log_mu is not None
-        log_omega = torch.minimum(log_omega, math.log(ratio_cap) + t.log_w + log_mu)
+        limit = math.log(spec.ratio_cap) + t.log_w + log_mu
+        changed |= log_omega > limit
+        log_omega = torch.minimum(log_omega, limit)
     if proximal is not None:
         assert log_mu is not None
-        dropped = proximal.to(log_mu.dtype) - log_mu > math.log(proximal_cap)
+        dropped = proximal.to(log_mu.dtype) - log_mu > math.log(spec.proximal_cap)
+        changed |= dropped & (log_omega > -torch.inf)
         log_omega = log_omega.masked_fill(dropped, -torch.inf)
-    return torch.exp(log_omega).masked_fill(~t.valid, 0.0)
+    return torch.exp(log_omega).masked_fill(~t.valid, 0.0), changed & t.valid
 
 
 def _baseline(kind: str, omega: Tensor, signal: Tensor, t: _Terms, head_is_certain: bool) -> Tensor:
@@ -160,7 +165,7 @@ def _baseline(kind: str, omega: Tensor, signal: Tensor, t: _Terms, head_is_certa
     if kind == "mean":
         total = _sum(omega)
         return torch.where(total > 0, _sum(terms) / total, 0.0)
-    drawn = t.valid & (t.log_w != 0) if head_is_certain else t.valid
+    drawn = _drawn(t, head_is_certain)
     count = _sum(drawn).to(omega.dtype)
     others = _sum(terms * drawn) - terms
     leave_one_out = _sum(terms * ~drawn) + others * (count / (count - 1).clamp(min=1))
@@ -169,14 +174,14 @@ def _baseline(kind: str, omega: Tensor, signal: Tensor, t: _Terms, head_is_certa
 
 
 def _clip_bounds(
-    clip_eps: float | None, m2_budget: float | None, log_ratio: Tensor, centred: Tensor, valid: Tensor
+    spec: LossSpec, log_ratio: Tensor, centred: Tensor, valid: Tensor
 ) -> tuple[Tensor | float, Tensor | float]:
     """Bounds of the log-ratio: PPO's fixed log(1 -+ eps), or M2PO's +-tau that spends the second-moment budget."""
-    if clip_eps is not None:
-        return math.log1p(-clip_eps) if clip_eps < 1 else -math.inf, math.log1p(clip_eps)
-    assert m2_budget is not None
+    if spec.clip_eps is not None:
+        return math.log1p(-spec.clip_eps) if spec.clip_eps < 1 else -math.inf, math.log1p(spec.clip_eps)
+    assert spec.m2_budget is not None
     bindable = valid & (((centred < 0) & (log_ratio > 0)) | ((centred > 0) & (log_ratio < 0)))
-    tau = second_moment_threshold(log_ratio, bindable, m2_budget)
+    tau = second_moment_threshold(log_ratio, bindable, spec.m2_budget)
     return -tau, tau
 
 
@@ -240,13 +245,7 @@ def _true_reverse_kl(t: _Terms, tail: str) -> tuple[Tensor, Tensor]:
     return loss.masked_fill(~used, 0.0), coef.masked_fill((p == 0) | ~t.valid | (signal == torch.inf), 0.0)
 
 
-def forward_kl(
-    student: Tensor, teacher: Tensor, log_weights: Tensor, ids: Tensor, mask: Tensor | None, tail: str
-) -> tuple[Tensor, Tensor]:
-    """Row losses [N] and coefficients [N, K] with respect to `student`."""
-    t = _terms(student, teacher, log_weights, ids, mask)
-    if student.device.type == "cpu":
-        _check_weights(t, tail, needs_policy=False)
+def _forward_kl(t: _Terms, tail: str) -> tuple[Tensor, Tensor]:
     log_p = t.log_p
     log_q = t.log_q.masked_fill(~t.valid, -torch.inf)
     rest: Tensor | float = 0.0
@@ -268,4 +267,4 @@ def forward_kl(
     loss = _sum((omega * _log_ratio(log_q, log_p)).masked_fill(omega == 0, 0.0)) + rest
     used = t.valid.any(dim=1, keepdim=True)
     impossible = t.log_p == -torch.inf  # a probability of 0 has no gradient to follow; pads and masked rows too
-    return loss.masked_fill(~used, 0.0).squeeze(1), coef.masked_fill(impossible, 0.0)
+    return loss.masked_fill(~used, 0.0), coef.masked_fill(impossible, 0.0)

@@ -1,0 +1,78 @@
+"""What the [N, K] loss op is asked for: its options, written once, and the metrics that it returns."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+_CHOICES = {
+    "divergence": ("reverse", "forward"),
+    "normalize": ("exact", "sampled"),
+    "tail": ("drop", "bucket", "renormalize"),
+    "baseline": ("none", "mean", "loo"),
+    "advantage": ("current", "behavior"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSpec:
+    """The options of one loss, as the public functions have checked them. Forward KL reads `tail` alone.
+
+    head_is_certain: entries of log-weight exactly 0 were not drawn (top-k, the head of head + tail).
+    needs_policy: log mu = -log M - log w is meaningful (M-sample supports); every correction asks for it.
+    Raises: ValueError for an unknown word.
+    """
+
+    divergence: str = "reverse"
+    normalize: str = "exact"
+    tail: str = "drop"
+    baseline: str = "none"
+    head_is_certain: bool = True
+    needs_policy: bool = False
+    advantage: str = "current"
+    ratio_cap: float | None = None
+    clip_eps: float | None = None
+    m2_budget: float | None = None
+    proximal_cap: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}"
+                )
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The values of SPEC_SCHEMA, in its order."""
+        return tuple(getattr(self, name) for name in SPEC_FIELDS)
+
+    @classmethod
+    def of(cls, arguments: tuple[Any, ...]) -> "LossSpec":
+        """The inverse of `arguments`."""
+        return cls(**dict(zip(SPEC_FIELDS, arguments, strict=True)))
+
+
+# An operator takes no dataclass: these are the fields of LossSpec in the language of torch.library.
+SPEC_SCHEMA = (
+    "str divergence, str normalize, str tail, str baseline, bool head_is_certain, bool needs_policy, str advantage, "
+    "float? ratio_cap, float? clip_eps, float? m2_budget, float proximal_cap"
+)
+SPEC_FIELDS = tuple(argument.split()[-1] for argument in SPEC_SCHEMA.split(","))
+
+
+class LossMetrics(NamedTuple):
+    """How a support fared, as scalars (fp32; fp64 for fp64) without gradient.
+
+    Means over the valid rows: masked rows and rows without entries do not count; 0 if there is none. p is the
+    student's probability, normalised as the loss normalises it (with tail="renormalize" as it was given).
+    """
+
+    student_mass: Tensor  # sum_i w_i p_i: what the support holds of the student; estimates 1 on sampled supports
+    teacher_mass: Tensor  # sum_i w_i q_i
+    ess: Tensor  # (sum_i w_i p_i)^2 / sum_i (w_i p_i)^2, the effective number of entries
+    coef_sum: Tensor  # sum_i c_i, which multiplies the softmax in the head's gradient
+    # Over the drawn entries, which certain ones (top-k, the head of head + tail) are not; 0 if there is none.
+    # r = M w p, M the row's number of drawn entries: p/mu for M samples, p over the tail's proposal for head + tail.
+    ratio_mean: Tensor
+    ratio_p99: Tensor  # the smallest r that at least 99 % do not exceed; to 1 % where a histogram finds it
+    clip_fraction: Tensor  # share whose gradient a cap, a clip or a drop changed
