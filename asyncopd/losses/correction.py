@@ -47,8 +47,3 @@ class Correction:
         if self.proximal_logprobs is not None and self.clip_eps is None:
             raise ValueError("correction.proximal_logprobs: given without clip_eps, expected both (decoupled PPO)")
         check_choice("correction.advantage", self.advantage, ("current", "behavior"))
-
-    @property
-    def keeps_zero_sum(self) -> bool:
-        """Whether coefficients that a "mean" baseline made sum to zero still do: a clip drops some of them."""
-        return self.clip_eps is None and self.m2_budget is None

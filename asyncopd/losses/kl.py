@@ -55,38 +55,11 @@ def reverse_kl(
         value infinite; it takes no part in the gradient.
     Raises: TypeError, ValueError naming the argument.
     """
-    mask = _check_inputs(student_logprobs, support, mask, tail, reduction, num_items_in_batch)
-    checks.check_choice("normalize", normalize, get_args(Normalize))
-    checks.check_choice("baseline", baseline, get_args(Baseline))
-    if tail != "drop":
-        if baseline != "none":
-            raise ValueError(
-                f"baseline: got {baseline!r} with tail={tail!r}, expected 'none': that gradient has no free b"
-            )
-        if normalize != "exact":
-            raise ValueError(f"normalize: got {normalize!r} with tail={tail!r}, expected 'exact'")
-    if normalize == "sampled" and support.draw == "top_k":
-        raise ValueError(
-            "normalize: got 'sampled' with a top-k support, expected 'exact': a truncated sum estimates no normaliser "
-            "(tail='renormalize' conditions both models on the support)"
-        )
-    if baseline == "loo" and support.draw == "top_k":
-        raise ValueError("baseline: got 'loo' with a top-k support, expected independent samples")
-    _check_correction(correction, support, tail, student_logprobs)
-    c = correction or Correction()
-    spec = LossSpec(
-        normalize=normalize,
-        tail=tail,
-        baseline=baseline,
-        head_is_certain=_head_is_certain(support),
-        needs_policy=correction is not None,
-        advantage=c.advantage,
-        ratio_cap=c.ratio_cap,
-        clip_eps=c.clip_eps,
-        m2_budget=c.m2_budget,
-        proximal_cap=c.proximal_cap,
-    )
-    rows, metrics = _rows(student_logprobs, support, mask, c.proximal_logprobs, spec)
+    _check_scores(student_logprobs, support)
+    check_reduction(reduction, num_items_in_batch)
+    mask = checks.check_mask(mask, student_logprobs, "student_logprobs")
+    spec = reverse_spec(support, normalize, tail, baseline, correction)
+    rows, metrics = kl_of_scores(student_logprobs, support, mask, proximal_of(correction), spec)
     loss = reduce_rows(rows, mask, reduction, num_items_in_batch)
     return (loss, metrics) if return_metrics else loss
 
@@ -107,11 +80,57 @@ def forward_kl(
     support out of value and gradient, which then is not 0 where teacher == student; "bucket" and "renormalize"
     mend that.
     """
-    mask = _check_inputs(student_logprobs, support, mask, tail, reduction, num_items_in_batch)
-    spec = LossSpec(divergence="forward", tail=tail, head_is_certain=_head_is_certain(support))
-    rows, metrics = _rows(student_logprobs, support, mask, None, spec)
+    _check_scores(student_logprobs, support)
+    check_reduction(reduction, num_items_in_batch)
+    mask = checks.check_mask(mask, student_logprobs, "student_logprobs")
+    rows, metrics = kl_of_scores(student_logprobs, support, mask, None, forward_spec(support, tail))
     loss = reduce_rows(rows, mask, reduction, num_items_in_batch)
     return (loss, metrics) if return_metrics else loss
+
+
+def reverse_spec(support: Support, normalize: str, tail: str, baseline: str, correction: Correction | None) -> LossSpec:
+    """The options of `reverse_kl`, checked against each other and against the support."""
+    _check_tail(tail, support)
+    checks.check_choice("normalize", normalize, get_args(Normalize))
+    checks.check_choice("baseline", baseline, get_args(Baseline))
+    if tail != "drop":
+        if baseline != "none":
+            raise ValueError(
+                f"baseline: got {baseline!r} with tail={tail!r}, expected 'none': that gradient has no free b"
+            )
+        if normalize != "exact":
+            raise ValueError(f"normalize: got {normalize!r} with tail={tail!r}, expected 'exact'")
+    if normalize == "sampled" and support.draw == "top_k":
+        raise ValueError(
+            "normalize: got 'sampled' with a top-k support, expected 'exact': a truncated sum estimates no normaliser "
+            "(tail='renormalize' conditions both models on the support)"
+        )
+    if baseline == "loo" and support.draw == "top_k":
+        raise ValueError("baseline: got 'loo' with a top-k support, expected independent samples")
+    _check_correction(correction, support, tail)
+    c = correction or Correction()
+    return LossSpec(
+        normalize=normalize,
+        tail=tail,
+        baseline=baseline,
+        head_is_certain=_head_is_certain(support),
+        needs_policy=correction is not None,
+        advantage=c.advantage,
+        ratio_cap=c.ratio_cap,
+        clip_eps=c.clip_eps,
+        m2_budget=c.m2_budget,
+        proximal_cap=c.proximal_cap,
+    )
+
+
+def forward_spec(support: Support, tail: str) -> LossSpec:
+    """The options of `forward_kl`, checked."""
+    _check_tail(tail, support)
+    return LossSpec(divergence="forward", tail=tail, head_is_certain=_head_is_certain(support))
+
+
+def proximal_of(correction: Correction | None) -> Tensor | None:
+    return None if correction is None else correction.proximal_logprobs
 
 
 def _head_is_certain(support: Support) -> bool:
@@ -119,9 +138,10 @@ def _head_is_certain(support: Support) -> bool:
     return support.draw not in ("samples", "teacher_samples")
 
 
-def _rows(
+def kl_of_scores(
     student: Tensor, support: Support, mask: Tensor | None, proximal: Tensor | None, spec: LossSpec
 ) -> tuple[Tensor, LossMetrics]:
+    """Row losses [N] from scores [N, K] at the support's ids."""
     rows, _, metrics = kl_rows(
         student,
         support.teacher_logprobs,
@@ -134,34 +154,28 @@ def _rows(
     return rows, LossMetrics(*metrics.unbind())
 
 
-def _check_inputs(
-    student: Tensor,
-    support: Support,
-    mask: Tensor | None,
-    tail: str,
-    reduction: str,
-    num_items_in_batch: int | float | Tensor | None,
-) -> Tensor | None:
-    checks.check_matrix("student_logprobs", student, "K")
+def _check_scores(scores: Tensor, support: Support) -> None:
+    checks.check_matrix("student_logprobs", scores, "K")
+    check_support(support)
+    if scores.shape != support.ids.shape:
+        raise ValueError(
+            f"student_logprobs: got shape {list(scores.shape)}, expected {list(support.ids.shape)} as support"
+        )
+    checks.check_device("student_logprobs", scores, support.ids, "support")
+
+
+def check_support(support: Support) -> None:
     if not isinstance(support, Support):
         raise TypeError(f"support: got {type(support).__name__}, expected asyncopd.Support")
-    if student.shape != support.ids.shape:
-        raise ValueError(
-            f"student_logprobs: got shape {list(student.shape)}, expected {list(support.ids.shape)} as support"
-        )
-    checks.check_device("student_logprobs", student, support.ids, "support")
-    check_tail(tail, support)
-    check_reduction(reduction, num_items_in_batch)
-    return checks.check_mask(mask, student, "student_logprobs")
 
 
-def check_tail(tail: str, support: Support) -> None:
+def _check_tail(tail: str, support: Support) -> None:
     checks.check_choice("tail", tail, get_args(Tail))
     if tail != "drop" and support.draw not in (None, "top_k"):
         raise ValueError(f"tail: got {tail!r} with a sampled support ({support.draw}), expected 'drop'")
 
 
-def _check_correction(correction: Correction | None, support: Support, tail: str, student: Tensor) -> None:
+def _check_correction(correction: Correction | None, support: Support, tail: str) -> None:
     if correction is None:
         return
     if not isinstance(correction, Correction):
@@ -172,9 +186,10 @@ def _check_correction(correction: Correction | None, support: Support, tail: str
             f"tail={tail!r}"
         )
     proximal = correction.proximal_logprobs
-    if proximal is not None and proximal.shape != student.shape:
+    if proximal is None:
+        return
+    if proximal.shape != support.ids.shape:
         raise ValueError(
-            f"correction.proximal_logprobs: got shape {list(proximal.shape)}, expected {list(student.shape)}"
+            f"correction.proximal_logprobs: got shape {list(proximal.shape)}, expected {list(support.ids.shape)}"
         )
-    if proximal is not None:
-        checks.check_device("correction.proximal_logprobs", proximal, student, "student_logprobs")
+    checks.check_device("correction.proximal_logprobs", proximal, support.ids, "support")

@@ -4,19 +4,26 @@ Which head work a loss needs follows from dz = scatter(c at ids) - (sum_i c_i) s
 
     normalize="sampled"                          K dot products a row each way, nothing vocabulary-wide
     coefficients that sum to 0 in every row      one vocabulary-wide forward for LSE, K rows of the head in the backward
-    otherwise                                    vocabulary-wide forward and backward, tile by tile
+    otherwise                                    vocabulary-wide forward and backward, tile by tile: in one op that
+                                                 makes the gradients in the forward, if the loss is a mean or a sum
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from asyncopd.backends.loss_spec import LossMetrics, LossSpec
+from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.losses.correction import Correction
-from asyncopd.losses.kl import forward_kl, reverse_kl
+from asyncopd.losses.kl import check_support, forward_spec, kl_of_scores, proximal_of, reverse_spec
 from asyncopd.losses.options import Baseline, Normalize, Reduction, Tail
+from asyncopd.losses.reduce import check_reduction, denominator, reduce_rows
 from asyncopd.ops import checks
 from asyncopd.ops.gather import gather_from_head
+from asyncopd.ops.head import prepare_head
+from asyncopd.ops.linear_kl import linear_kl
 from asyncopd.support import Support
 
 
@@ -50,20 +57,20 @@ def linear_reverse_kl(
         weight and bias, accumulated in fp32.
     Raises: TypeError, ValueError naming the argument.
     """
-    kind = _reverse_kl_head_work(normalize, tail, baseline, correction)
-    mask = _check(hidden, support, mask)
-    scores = gather_from_head(hidden, lm_head_weight, support.ids, mask, kind, bias, temperature, logit_scale, softcap)
-    return reverse_kl(
-        scores,
+    check_support(support)
+    spec = reverse_spec(support, normalize, tail, baseline, correction)
+    return _linear_kl(
+        hidden,
+        lm_head_weight,
+        bias,
         support,
-        mask=mask,
-        normalize=normalize,
-        tail=tail,
-        baseline=baseline,
-        correction=correction,
-        reduction=reduction,
-        num_items_in_batch=num_items_in_batch,
-        return_metrics=return_metrics,
+        mask,
+        (temperature, logit_scale, softcap),
+        spec,
+        proximal_of(correction),
+        reduction,
+        num_items_in_batch,
+        return_metrics,
     )
 
 
@@ -83,32 +90,99 @@ def linear_forward_kl(
     softcap: float | None = None,
 ) -> Any:
     """`forward_kl` straight from hidden states; arguments as `linear_reverse_kl`."""
-    mask = _check(hidden, support, mask)
-    # Renormalised: c_i = p_i/P - q_i/Q, which sums to 0.
-    kind = "centred" if tail == "renormalize" else "logprobs"
-    scores = gather_from_head(hidden, lm_head_weight, support.ids, mask, kind, bias, temperature, logit_scale, softcap)
-    return forward_kl(
-        scores,
+    check_support(support)
+    return _linear_kl(
+        hidden,
+        lm_head_weight,
+        bias,
         support,
-        mask=mask,
-        tail=tail,
-        reduction=reduction,
-        num_items_in_batch=num_items_in_batch,
-        return_metrics=return_metrics,
+        mask,
+        (temperature, logit_scale, softcap),
+        forward_spec(support, tail),
+        None,
+        reduction,
+        num_items_in_batch,
+        return_metrics,
     )
 
 
-def _check(hidden: Tensor, support: Support, mask: Tensor | None) -> Tensor | None:
-    if not isinstance(support, Support):
-        raise TypeError(f"support: got {type(support).__name__}, expected asyncopd.Support")
-    return checks.check_mask(mask, hidden, "hidden")
+def _linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    support: Support,
+    mask: Tensor | None,
+    scalars: tuple[float, float, float | None],
+    spec: LossSpec,
+    proximal: Tensor | None,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+    return_metrics: bool,
+) -> Any:
+    check_reduction(reduction, num_items)
+    mask = checks.check_mask(mask, hidden, "hidden")
+    work = _head_work(spec)
+    leaves = (hidden, weight) if bias is None else (hidden, weight, bias)
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
+    # M2PO's threshold depends on all rows, so no row's gradient is known before every row's score is.
+    if work == "logprobs" and trains and reduction != "none" and spec.m2_budget is None:
+        loss, metrics = _with_gradients(
+            hidden, weight, bias, support, mask, scalars, spec, proximal, reduction, num_items
+        )
+    else:
+        scores = gather_from_head(hidden, weight, support.ids, mask, work, bias, *scalars)
+        rows, metrics = kl_of_scores(scores, support, mask, proximal, spec)
+        loss = reduce_rows(rows, mask, reduction, num_items)
+    return (loss, metrics) if return_metrics else loss
 
 
-def _reverse_kl_head_work(normalize: str, tail: str, baseline: str, correction: Correction | None) -> str:
-    if normalize == "sampled":
+def _head_work(spec: LossSpec) -> str:
+    """Which of the three kinds above, as `gather_from_head` calls them: "logits", "centred" or "logprobs"."""
+    if spec.normalize == "sampled":
         return "logits"
-    centred = tail == "renormalize" or (tail == "drop" and baseline == "mean")
-    return "centred" if centred and (correction is None or correction.keeps_zero_sum) else "logprobs"
+    # Forward, renormalised: c_i = p_i/P - q_i/Q, which sums to 0. A clip drops some of the coefficients.
+    centred = spec.tail == "renormalize" or (spec.divergence == "reverse" and spec.baseline == "mean")
+    clipped = spec.clip_eps is not None or spec.m2_budget is not None
+    return "centred" if centred and not clipped else "logprobs"
+
+
+def _with_gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    support: Support,
+    mask: Tensor | None,
+    scalars: tuple[float, float, float | None],
+    spec: LossSpec,
+    proximal: Tensor | None,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+) -> tuple[Tensor, LossMetrics]:
+    """The scalar loss by the op that makes its gradients in the forward."""
+    hidden, weight, bias = prepare_head(hidden, weight, bias, *scalars)
+    checks.check_ids("ids", support.ids, hidden, "hidden")
+    divisor = denominator(hidden, mask, reduction, num_items)
+    if not isinstance(divisor, Tensor):
+        dtype = compute_dtype(hidden, support.teacher_logprobs)
+        divisor = torch.full((), divisor, dtype=dtype, device=hidden.device)
+    loss, metrics, *_ = linear_kl(
+        hidden,
+        weight,
+        bias,
+        mask,
+        support.ids,
+        support.teacher_logprobs,
+        support.log_weights,
+        proximal,
+        divisor,
+        float(scalars[0]),
+        float(scalars[1]),
+        scalars[2],
+        hidden.requires_grad,
+        weight.requires_grad,
+        *spec.arguments(),
+    )
+    return loss, LossMetrics(*metrics.unbind())
 
 
 class _LinearLoss(nn.Module):

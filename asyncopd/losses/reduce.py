@@ -5,6 +5,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.losses.options import Reduction
 from asyncopd.ops.checks import check_choice
 
@@ -36,15 +37,19 @@ def reduce_rows(
         row_losses = torch.where(mask, row_losses, 0.0)
     if reduction == "none":
         return row_losses
-    total = row_losses.sum()
+    return row_losses.sum() / denominator(row_losses, mask, reduction, num_items_in_batch)
+
+
+def denominator(
+    rows: Tensor, mask: Tensor | None, reduction: str, num_items_in_batch: int | float | Tensor | None
+) -> Tensor | float:
+    """What the sum over the rows of a tensor [N, ..] is divided by: never 0."""
+    if isinstance(num_items_in_batch, Tensor):
+        items = num_items_in_batch.to(rows.device, compute_dtype(rows)).reshape(())
+        # No rank has a valid row: the sum is 0 already, and its gradient must not be 0 / 0.
+        return torch.where(items > 0, items, 1.0)
     if num_items_in_batch is not None:
-        if isinstance(num_items_in_batch, Tensor):
-            items = num_items_in_batch.to(total.device, total.dtype).reshape(())
-            # No rank has a valid row: the sum is 0 already, and its gradient must not be 0 / 0.
-            return total / torch.where(items > 0, items, 1.0)
-        return total / num_items_in_batch
+        return num_items_in_batch
     if reduction == "sum":
-        return total
-    if mask is None:
-        return total / max(row_losses.shape[0], 1)
-    return total / mask.sum().clamp(min=1)
+        return 1.0
+    return max(rows.shape[0], 1) if mask is None else mask.sum().clamp(min=1)

@@ -11,6 +11,7 @@ from asyncopd.backends.cpu.head import (
     linear_logsumexp,
     linear_topk_logprobs,
 )
+from asyncopd.backends.cpu.head_loss import linear_kl
 from asyncopd.backends.cpu.logits import gather_logprobs, gather_logprobs_backward, sample_support, topk_logprobs
 from asyncopd.backends.native import unavailable_reason
 
@@ -19,6 +20,7 @@ __all__ = [
     "gather_logprobs_backward",
     "linear_gather_logprobs",
     "linear_gather_logprobs_backward",
+    "linear_kl",
     "linear_logsumexp",
     "linear_topk_logprobs",
     "sample_support",

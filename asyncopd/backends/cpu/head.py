@@ -72,17 +72,16 @@ def linear_gather_logprobs_backward(
         None if bias is None else torch.zeros(bias.shape),
     )
     walk.backward(grad[used], lse[used], gradients)
-    return _finished(gradients, used, hidden, weight, bias)
+    return finished(gradients, used, hidden, weight, bias)
 
 
-def _finished(
+def finished(
     gradients: Gradients, used: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The three tensors that the op returns, in their dtypes."""
-    assert gradients.hidden is not None
-    dweight, dbias = gradients.weight, gradients.bias
+    """What the op returns, in the dtypes of what it belongs to; `used` [N]: the rows that were walked."""
+    dhidden, dweight, dbias = gradients.hidden, gradients.weight, gradients.bias
     return (
-        _spread(gradients.hidden.to(hidden.dtype), used, 0.0),
+        hidden.new_empty(0, hidden.shape[1]) if dhidden is None else _spread(dhidden.to(hidden.dtype), used, 0.0),
         weight.new_empty(0, weight.shape[1]) if dweight is None else dweight,
         weight.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype),
     )

@@ -72,6 +72,10 @@ class Gradients:
     weight: Tensor | None
     bias: Tensor | None
 
+    def of(self, rows: slice) -> "Gradients":
+        """The same for some of the rows."""
+        return Gradients(None if self.hidden is None else self.hidden[rows], self.weight, self.bias)
+
     def add(self, cols: slice, dy: Tensor, weight: Tensor, hidden: Tensor, *, first: bool) -> None:
         """One block: dy [rows, B], the head's fp32 rows [B, H] and hidden [rows, H]. first: dW holds nothing yet."""
         if self.hidden is not None:

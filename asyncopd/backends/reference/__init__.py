@@ -14,6 +14,7 @@ from asyncopd.backends.reference.linear import (
     linear_gather_logprobs_backward,
     linear_logsumexp,
 )
+from asyncopd.backends.reference.linear_kl import linear_kl
 from asyncopd.backends.reference.sample import sample_support
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "linear_gather_logits_backward",
     "linear_gather_logprobs",
     "linear_gather_logprobs_backward",
+    "linear_kl",
     "linear_logsumexp",
     "linear_topk_logprobs",
     "sample_support",

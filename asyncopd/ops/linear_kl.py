@@ -1,0 +1,126 @@
+"""Head, gather and loss in one op that makes its gradients in the forward, while the logits are there.
+
+A scalar loss needs to know of its upstream gradient only by what factor to multiply: so the backward is no work at all
+where that factor is 1, and the head is multiplied three times rather than four.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asyncopd.backends import select
+from asyncopd.backends.loss_spec import SPEC_SCHEMA, LossMetrics, LossSpec
+from asyncopd.backends.reference.rows import compute_dtype
+
+_SCHEMA = (
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor ids, Tensor teacher, Tensor log_weights, "
+    "Tensor? proximal, Tensor denominator, float temperature, float logit_scale, float? softcap, bool need_hidden, "
+    f"bool need_weight, {SPEC_SCHEMA})"
+    " -> (Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)"
+)
+_Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+@torch.library.custom_op("asyncopd::linear_kl", mutates_args=(), schema=_SCHEMA)
+def linear_kl(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    ids: Tensor,
+    teacher: Tensor,
+    log_weights: Tensor,
+    proximal: Tensor | None,
+    denominator: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+    *spec: Any,
+) -> _Outputs:
+    """Sum of the row losses over `denominator`, the values of a LossMetrics, and the gradients of that loss.
+
+    dhidden [N, H], dweight [V, H] in the dtypes of what they belong to, empty ([0, H]) where not needed; dbias [V],
+    empty without a bias.
+    """
+    run = select("linear_kl", hidden.device, hidden.dtype)
+    return run(
+        hidden,
+        weight,
+        bias,
+        mask,
+        ids,
+        teacher,
+        log_weights,
+        proximal,
+        denominator,
+        temperature,
+        logit_scale,
+        softcap,
+        need_hidden,
+        need_weight,
+        LossSpec.of(spec),
+    )
+
+
+@linear_kl.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    ids: Tensor,
+    teacher: Tensor,
+    log_weights: Tensor,
+    proximal: Tensor | None,
+    denominator: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    need_hidden: bool,
+    need_weight: bool,
+    *spec: Any,
+) -> _Outputs:
+    dtype, (vocab, width) = compute_dtype(hidden, teacher), weight.shape
+    return (
+        hidden.new_empty((), dtype=dtype),
+        hidden.new_empty(len(LossMetrics._fields), dtype=dtype),
+        hidden.new_empty(hidden.shape[0] if need_hidden else 0, width),
+        weight.new_empty(vocab if need_weight else 0, width),
+        weight.new_empty(0) if bias is None else bias.new_empty(vocab),
+    )
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
+    tensors, ctx.rest = inputs[:9], inputs[9:]
+    # Kept by the context itself, so that the backward can hand them out without a copy: dW is as large as the head.
+    ctx.gradients = output[2:]
+    ctx.save_for_backward(*tensors)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # or each of these would be given a gradient of zeros: another [V, H]
+
+
+def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * (9 + len(ctx.rest))
+    gradients, ctx.gradients = ctx.gradients, None
+    if gradients is None:  # a second backward through a graph that was retained
+        gradients = linear_kl(*ctx.saved_tensors, *ctx.rest)[2:]
+    scaled = [_times(gradient, grad) if gradient.numel() else gradient for gradient in gradients]
+    dhidden, dweight, dbias = (
+        gradient if needed else None for gradient, needed in zip(scaled, ctx.needs_input_grad[:3], strict=True)
+    )
+    return dhidden, dweight, dbias, *(None,) * (6 + len(ctx.rest))
+
+
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor. A loss that the caller dropped (factor 0) has gradient 0 even where it is NaN."""
+    # On a CPU reading a number costs nothing, while a copy of dW does. (While tracing it is no plain tensor.)
+    if type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0:
+        return gradient
+    return torch.where(factor == 0, 0.0, gradient * factor).to(gradient.dtype)
+
+
+linear_kl.register_autograd(_gradient, setup_context=_save)
