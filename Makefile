@@ -15,7 +15,7 @@ BUILD := $(VENV)/.build-stamp
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint wheel clean
+.PHONY: help setup demo test sanitize bench lint wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -41,6 +41,16 @@ demo: $(BUILD) ## teacher, student and the pipeline on this machine's CPU; write
 
 test: $(BUILD) ## the test suite, with line coverage of asyncopd/
 	$(VENV)/bin/python -m pytest --cov=asyncopd --cov-report=term --cov-fail-under=90 $(ARGS)
+
+# A package of its own under build/, so that the ordinary extension stays. The sanitizer has to be loaded before Python,
+# which itself never frees all it has (no leak check), and before torch, whose libraries it does not know.
+SANITIZED := $(CURDIR)/build/sanitized
+sanitize: $(BUILD) ## the kernels' tests with address and undefined-behaviour sanitizers
+	rm -rf $(SANITIZED)
+	ASYNCOPD_SANITIZE=1 $(VENV)/bin/python setup.py --quiet build --build-lib $(SANITIZED)
+	cd tests && PYTHONPATH=$(SANITIZED) LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1 ASYNCOPD_SANITIZE=1 \
+	  $(VENV)/bin/pytest -q -p no:cacheprovider --timeout 600 test_sanitizer.py $(or $(ARGS),backends ops losses)
 
 bench: $(BUILD) ## microbenchmarks on this machine's CPU, each beside one read of its input
 	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(VENV)/bin/python -m pytest bench -q --benchmark-columns=min,median,rounds --benchmark-sort=min

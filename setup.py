@@ -4,6 +4,7 @@ The sources are free of torch, so building needs a C++ compiler, pybind11 and ni
 works with any torch. nvcc, where there is one, adds the CUDA kernels. Environment variables:
 
     ASYNCOPD_BUILD_CUDA   0: never build CUDA kernels; 1: fail if there is no nvcc; unset: build them if there is one
+    ASYNCOPD_SANITIZE     1: address and undefined-behaviour sanitizers (`make sanitize`), without CUDA kernels
     CXX, CXXFLAGS         the C++ compiler and flags added to ours
     CUDA_HOME             where bin/nvcc is looked for, after PATH
 """
@@ -39,6 +40,10 @@ CXX_FLAGS = [
     "-Wextra",
 ]
 
+# Instrumented code that stops at the first error; on top of the flags above, since what they vectorise is the kernels.
+SANITIZE = os.environ.get("ASYNCOPD_SANITIZE") == "1"
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
+
 # Real code for A100 and H100, Blackwell where nvcc knows it; PTX of the newest for whatever comes later.
 CUDA_ARCHS = [80, 90, 100]
 
@@ -68,7 +73,7 @@ def openmp_flags(cxx: Sequence[str]) -> list[str]:
 
 def find_nvcc(cxx: Sequence[str]) -> str | None:
     """Path of an nvcc that works, or None (after saying so) where CUDA kernels are not to be built."""
-    wanted = os.environ.get("ASYNCOPD_BUILD_CUDA", "")
+    wanted = "0" if SANITIZE else os.environ.get("ASYNCOPD_BUILD_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"ASYNCOPD_BUILD_CUDA: got {wanted!r}, expected 0, 1 or nothing")
     if wanted == "0":
@@ -105,7 +110,8 @@ class NinjaBuild(build_ext):
         if sys.platform == "win32":
             raise SystemExit("asyncopd builds on Linux and macOS; on Windows, use WSL")
         # One folder per interpreter, kept between builds whatever temporary folders pip uses.
-        folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-{sysconfig.get_platform()}"
+        variant = "-sanitize" if SANITIZE else ""
+        folder = ROOT / "build" / f"ninja-{sys.implementation.cache_tag}-{sysconfig.get_platform()}{variant}"
         folder.mkdir(parents=True, exist_ok=True)
         module = self.write_build_file(folder)
         command = [str(Path(ninja.BIN_DIR, "ninja")), "-C", str(folder)]
@@ -122,7 +128,8 @@ class NinjaBuild(build_ext):
         cxx = os.environ.get("CXX", shutil.which("c++") or shutil.which("g++") or "clang++").split()
         includes = [f"-I{path}" for path in (CSRC, pybind11.get_include(), sysconfig.get_path("include"))]
         threads = openmp_flags(cxx)
-        cxx_flags = [*CXX_FLAGS, *threads]
+        sanitize = SANITIZE_FLAGS if SANITIZE else []
+        cxx_flags = [*CXX_FLAGS, *threads, *sanitize]
         nvcc = find_nvcc(cxx)
         if nvcc:
             cxx_flags.append("-DASYNCOPD_WITH_CUDA")
@@ -158,7 +165,7 @@ class NinjaBuild(build_ext):
                 ldflags = ["-ccbin", cxx[0], *(f"-Xcompiler={flag}" for flag in threads)]
             else:
                 link = "$cxx -shared $in -o $out $ldflags"
-                ldflags = [*threads, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+                ldflags = [*threads, *sanitize, *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
             out.variable("ldflags", ldflags)
             out.rule("link", command=link, description="link $out")
             module = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"

@@ -1,6 +1,7 @@
 """The compiled module: csrc/bindings.cpp. Addresses and streams are integers; a status comes back."""
 
 openmp: bool
+sanitized: bool
 cuda: bool
 
 def cpu_isas() -> list[str]: ...

@@ -84,6 +84,11 @@ int cuda_gather_logprobs(uintptr_t logits, int dtype, int64_t row_stride, uintpt
 // No state of its own, hence no need of the GIL either.
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.doc() = "Native kernels of asyncopd: raw pointers in, a status out. Use asyncopd.backends, which checks tensors.";
+#ifdef __SANITIZE_ADDRESS__
+  m.attr("sanitized") = true;
+#else
+  m.attr("sanitized") = false;
+#endif
 #ifdef _OPENMP
   m.attr("openmp") = true;
 #else
