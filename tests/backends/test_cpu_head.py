@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends import cpu, reference
+from asyncopd.backends.cpu import head as head_ops
 from asyncopd.backends.cpu import walk
 from asyncopd.backends.reference.linear import Head
 
@@ -159,6 +160,25 @@ def test_gradients_of_groups_of_rows_add_up() -> None:
         rows.backward(grad[part], lse, parts, first=part.start == 0)
     close(parts.weight, whole.weight.double())
     close(parts.bias, whole.bias.double())
+
+
+@pytest.mark.parametrize("k", [1, 5, 64, 65, 200])
+@pytest.mark.parametrize("rows", [1, 3, 7])
+def test_topk_over_blocks(rows: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties cross blocks, K exceeds a block, groups of rows; a NaN comes first, as in one pass over the whole row."""
+    monkeypatch.setattr(head_ops, "TOPK_ROWS", 3)
+    rng = torch.Generator().manual_seed(rows)
+    # Integers: their products are exact, whatever the order of summation.
+    hidden, weight = (torch.randint(-3, 4, shape, generator=rng).float() for shape in ((rows, 4), (300, 4)))
+    bias = torch.zeros(300)
+    bias[131], bias[270:] = 2.0, -INF
+    for special in (0.0, NAN, INF):
+        bias[77] = special
+        whole = cpu.topk_logprobs(hidden @ weight.t() + bias, k, 0.7)
+        tiled = cpu.linear_topk_logprobs(hidden, weight, k, bias, 0.7, 1.0, None)
+        assert torch.equal(tiled[0], whole[0])
+        for a, b in zip(tiled[1:], whole[1:], strict=True):
+            close(a, b.double())
 
 
 def test_no_rows() -> None:

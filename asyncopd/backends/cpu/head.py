@@ -5,8 +5,11 @@ from torch import Tensor
 
 from asyncopd.backends.cpu.logits import topk_logprobs
 from asyncopd.backends.cpu.walk import Gradients, Tiles, Walk
-from asyncopd.backends.reference.linear import Head, head_chunks, rows_with_gradient
-from asyncopd.backends.reference.rows import check_ids_in_range
+from asyncopd.backends.reference.linear import Head, rows_with_gradient
+from asyncopd.backends.reference.rows import check_ids_in_range, normalized
+
+# Top-K looks for K columns in every block, so its blocks are wider, and its rows fewer at a time.
+TOPK_ROWS, TOPK_TILE_ELEMENTS = 512, 1 << 22
 
 
 def linear_gather_logprobs(
@@ -96,13 +99,31 @@ def linear_topk_logprobs(
     logit_scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `topk_logprobs` on the head's logits, which are made for a few whole rows at a time."""
-    head = Head(weight, bias, 1.0, logit_scale, softcap)
-    chunks = [
-        topk_logprobs(head.logits(hidden[rows]), k, temperature)
-        for rows in head_chunks(hidden.shape[0], weight.shape[0])
-    ]
-    if not chunks:
-        return topk_logprobs(torch.empty(0, weight.shape[0]), k, temperature)
-    ids, logprobs, lse = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    """As `topk_logprobs` on the head's logits, which exist a tile at a time."""
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    ids = torch.empty(hidden.shape[0], k, dtype=torch.int64)
+    logprobs, lse = torch.empty(ids.shape), torch.empty(hidden.shape[0])
+    for start in range(0, hidden.shape[0], TOPK_ROWS):
+        rows = slice(start, start + TOPK_ROWS)
+        ids[rows], logprobs[rows], lse[rows] = _topk_of_rows(hidden[rows], head, k)
     return ids, logprobs, lse
+
+
+def _topk_of_rows(hidden: Tensor, head: Head, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k best of every block's k best. Among equals the one met first has the smaller id, as it should be."""
+    vocab = head.weight.shape[0]
+    no_ids = torch.empty(hidden.shape[0], 0, dtype=torch.int64)
+    tile_elements = min(TOPK_TILE_ELEMENTS, hidden.shape[0] * vocab // 4)
+    walk = Walk(hidden, no_ids, head, tile_elements)
+    best_ids, best_logits = [], []
+
+    def keep_best(cols: slice, z: Tensor) -> None:
+        ids = topk_logprobs(z, min(k, z.shape[1]), 1.0)[0]
+        best_ids.append(ids + cols.start)
+        best_logits.append(z.gather(1, ids))
+
+    _, lse = walk.forward(Tiles.one(hidden.shape[0], vocab, tile_elements), keep_best)
+    candidates, logits = torch.cat(best_ids, dim=1), torch.cat(best_logits, dim=1)
+    order = topk_logprobs(logits, k, 1.0)[0]
+    ids = candidates.gather(1, order)
+    return ids, normalized(logits.gather(1, order) / head.temperature, lse, ids), lse

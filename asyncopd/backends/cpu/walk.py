@@ -9,7 +9,7 @@ one block: no partial sums of [V, H] are read and written again.
                                                                                                4NVH, or 6NVH
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,9 @@ TILE_ELEMENTS = 1 << 20
 MIN_COLUMNS, MAX_COLUMNS = 512, 8192
 
 
-def column_blocks(num_rows: int, vocab: int) -> Iterator[slice]:
-    """The head's columns in blocks whose tile of `num_rows` rows has about TILE_ELEMENTS."""
-    width = min(MAX_COLUMNS, max(MIN_COLUMNS, TILE_ELEMENTS // max(1, num_rows) // 64 * 64))
+def column_blocks(num_rows: int, vocab: int, tile_elements: int | None = None) -> Iterator[slice]:
+    """The head's columns in blocks whose tile of `num_rows` rows has about TILE_ELEMENTS, or as many as given."""
+    width = min(MAX_COLUMNS, max(MIN_COLUMNS, (tile_elements or TILE_ELEMENTS) // max(1, num_rows) // 64 * 64))
     for start in range(0, vocab, width):
         yield slice(start, min(start + width, vocab))
 
@@ -40,9 +40,9 @@ class Tiles:
     pitch: int
 
     @classmethod
-    def one(cls, rows: int, vocab: int) -> "Tiles":
+    def one(cls, rows: int, vocab: int, tile_elements: int | None = None) -> "Tiles":
         """One tile, for every block in turn."""
-        width = max((cols.stop - cols.start for cols in column_blocks(rows, vocab)), default=0)
+        width = max((cols.stop - cols.start for cols in column_blocks(rows, vocab, tile_elements)), default=0)
         return cls(torch.empty(rows * width), rows, 0)
 
     @classmethod
@@ -98,20 +98,20 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 class Walk:
     """The rows that count, in fp32, and the head that they meet."""
 
-    def __init__(self, hidden: Tensor, ids: Tensor, head: Head) -> None:
+    def __init__(self, hidden: Tensor, ids: Tensor, head: Head, tile_elements: int | None = None) -> None:
         self.hidden = hidden.to(torch.float32)
         self.ids = ids.to(torch.int64).contiguous()
-        self.head = head
+        self.head, self.tile_elements = head, tile_elements
 
     def _blocks(self) -> Iterator[tuple[slice, Head]]:
         """Blocks of columns and their part of the head, in fp32; its logits are those before the temperature."""
         head = self.head
-        for cols in column_blocks(self.hidden.shape[0], head.weight.shape[0]):
+        for cols in column_blocks(self.hidden.shape[0], head.weight.shape[0], self.tile_elements):
             bias = None if head.bias is None else head.bias[cols]
             yield cols, Head(head.weight[cols].to(torch.float32), bias, 1.0, head.logit_scale, head.softcap)
 
-    def forward(self, tiles: Tiles) -> tuple[Tensor, Tensor]:
-        """log p [N, K] and LSE [N]; the logits of each block stay in its tile."""
+    def forward(self, tiles: Tiles, visit: Callable[[slice, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
+        """log p [N, K] and LSE [N]. Each block's logits are shown to `visit` and stay in their tile."""
         (rows, num_ids), vocab = self.ids.shape, self.head.weight.shape[0]
         logprobs, lse = torch.empty(rows, num_ids), torch.empty(rows)
         peaks, sums = torch.empty(rows), torch.empty(rows, dtype=torch.float64)
@@ -133,6 +133,8 @@ class Walk:
                 threads=torch.get_num_threads(),
             )
             raise_for_status(status, "cpu_gather_tile", vocab)
+            if visit is not None:
+                visit(cols, z)
         return logprobs, lse
 
     def backward(
