@@ -24,6 +24,7 @@ from asyncopd import (
     topk_logprobs,
 )
 from asyncopd.backends import reference
+from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference import rows
 
 INF = float("inf")
@@ -174,16 +175,19 @@ def test_item_on_the_hot_path(rng: torch.Generator) -> None:
     reference.linear_gather_logits_backward(meta(4, 3), meta(4, 3), meta(4, 5), meta(9, 5), ids, *head, True)
     reference.linear_logsumexp(meta(4, 5), meta(9, 5), *head)
     reference.sample_support(meta(4, 9), 3, 2, 0, streams, streams, 1.0)
-    scores = (meta(4, 3), meta(4, 3), meta(4, 3), ids)
+    scores = (meta(4, 3), meta(4, 3), meta(4, 3), ids, mask)
+    corrections = ({}, {"advantage": "behavior", "ratio_cap": 2.0}, {"clip_eps": 0.2}, {"m2_budget": 0.04})
     for normalize, baseline in itertools.product(("exact", "sampled"), ("none", "mean", "loo")):
-        for correction in (("current", None, None, None), ("behavior", 2.0, None, None), ("current", None, 0.2, None),
-                           ("current", None, None, 0.04)):  # fmt: skip
-            for proximal in (None, meta(4, 3)) if correction[2] else (None,):
-                options = (normalize, "drop", baseline, False, True, *correction, proximal, 5.0)
-                reference.reverse_kl(*scores, mask, *options)
-    for tail in ("drop", "bucket", "renormalize"):
-        reference.reverse_kl(*scores, mask, "exact", tail, "none", True, False, "current", None, None, None, None, 5.0)
-        reference.forward_kl(*scores, mask, tail)
+        for correction in corrections:
+            spec = LossSpec(
+                normalize=normalize, baseline=baseline, head_is_certain=False, needs_policy=True, **correction
+            )
+            for proximal in (None, meta(4, 3)) if "clip_eps" in correction else (None,):
+                reference.kl_rows(*scores, proximal, spec)
+    for divergence, tail in itertools.product(("forward", "reverse"), ("drop", "bucket", "renormalize")):
+        reference.kl_rows(*scores, None, LossSpec(divergence=divergence, tail=tail))
+    hidden_to_loss = (meta(4, 5), meta(9, 5), meta(9), mask, ids, meta(4, 3), meta(4, 3), None, meta())
+    reference.linear_kl(*hidden_to_loss, 0.7, 1.3, 5.0, True, True, LossSpec())
 
 
 def test_item_on_the_hot_path_of_the_public_functions() -> None:
