@@ -6,11 +6,14 @@ and the meaning of its namesake in the reference.
 """
 
 from asyncopd.backends.cpu.logits import gather_logprobs, gather_logprobs_backward, sample_support, topk_logprobs
+from asyncopd.backends.cpu.sparse_head import linear_gather_logits, linear_gather_logits_backward
 from asyncopd.backends.native import unavailable_reason
 
 __all__ = [
     "gather_logprobs",
     "gather_logprobs_backward",
+    "linear_gather_logits",
+    "linear_gather_logits_backward",
     "sample_support",
     "topk_logprobs",
     "unavailable_reason",
