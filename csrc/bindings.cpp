@@ -54,10 +54,10 @@ int cpu_sample_support(uintptr_t logits, int dtype, int64_t row_stride, int64_t 
                                      pointer<float>(lse), threads, isa);
 }
 
-int cpu_linear_gather_logits(uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, int64_t weight_stride, int dtype,
-                             uintptr_t bias, uintptr_t ids, int id_type, uintptr_t mask, int64_t rows, int64_t vocab,
-                             int64_t width, int64_t num_ids, double temperature, double logit_scale, double softcap,
-                             uintptr_t logits, int threads, int isa) {
+int cpu_linear_gather_logits(uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, int64_t weight_stride,
+                             int dtype, uintptr_t bias, uintptr_t ids, int id_type, uintptr_t mask, int64_t rows,
+                             int64_t vocab, int64_t width, int64_t num_ids, double temperature, double logit_scale,
+                             double softcap, uintptr_t logits, int threads, int isa) {
   return asyncopd_cpu_linear_gather_logits(pointer<void>(hidden), hidden_stride, pointer<void>(weight), weight_stride,
                                            dtype, pointer<float>(bias), pointer<void>(ids), id_type,
                                            pointer<uint8_t>(mask), rows, vocab, width, num_ids, temperature,
@@ -126,11 +126,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("width"), py::arg("num_ids"), py::arg("temperature"), py::arg("logit_scale"), py::arg("softcap"),
         py::arg("logits"), py::arg("threads"), py::arg("isa") = -1);
   m.def("cpu_linear_gather_logits_backward", &cpu_linear_gather_logits_backward,
-        py::call_guard<py::gil_scoped_release>(), py::arg("grad"), py::arg("logits"), py::arg("hidden"), py::arg("hidden_stride"), py::arg("weight"),
-        py::arg("weight_stride"), py::arg("dtype"), py::arg("ids"), py::arg("id_type"), py::arg("mask"),
-        py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("num_ids"), py::arg("temperature"),
-        py::arg("logit_scale"), py::arg("softcap"), py::arg("dhidden"), py::arg("dweight"), py::arg("dbias"),
-        py::arg("threads"), py::arg("isa") = -1);
+        py::call_guard<py::gil_scoped_release>(), py::arg("grad"), py::arg("logits"), py::arg("hidden"),
+        py::arg("hidden_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("dtype"), py::arg("ids"),
+        py::arg("id_type"), py::arg("mask"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("num_ids"),
+        py::arg("temperature"), py::arg("logit_scale"), py::arg("softcap"), py::arg("dhidden"), py::arg("dweight"),
+        py::arg("dbias"), py::arg("threads"), py::arg("isa") = -1);
 #ifdef ASYNCOPD_WITH_CUDA
   m.attr("cuda") = true;
   m.def("cuda_gather_logprobs", &cuda_gather_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),

@@ -51,10 +51,16 @@ struct Entries {
   const Term* terms;
 };
 
+// What one thread works in, one row of the forward at a time.
+struct Workspace {
+  float* hidden;  // [width]
+  uint32_t* ids;  // [num_ids, rounded up to 4]: those that are no pads
+};
+
 // What one instruction set runs for a dtype and id type. Rows [begin, end), or ids [begin, end) for the last; false
-// when an id is out of range. hidden_row is working memory of `width` elements.
+// when an id is out of range.
 struct Kernels {
-  bool (*forward)(const Problem&, const float* bias, float* logits, float* hidden_row, int64_t begin, int64_t end);
+  bool (*forward)(const Problem&, const float* bias, float* logits, const Workspace&, int64_t begin, int64_t end);
   bool (*hidden_gradient)(const Problem&, const Gradient&, int64_t begin, int64_t end);
   void (*weight_gradient)(const Problem&, const Entries&, void* dweight, int64_t begin, int64_t end);
 };
@@ -129,7 +135,9 @@ int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride,
   std::atomic<bool> valid{true};
   parallel_rows(rows, num_ids * width, threads, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> hidden_row(new float[width]);
-    if (!kernels.forward(problem, bias, logits, hidden_row.get(), begin, end)) {
+    const std::unique_ptr<uint32_t[]> row_ids(new uint32_t[num_ids + 3]);
+    const Workspace work{hidden_row.get(), row_ids.get()};
+    if (!kernels.forward(problem, bias, logits, work, begin, end)) {
       valid.store(false, std::memory_order_relaxed);
     }
   });

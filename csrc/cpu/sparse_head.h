@@ -40,7 +40,8 @@ int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride,
 // dweight      [vocab, width]  dtype, contiguous, or null; every row is written, and is exactly 0 where no id names it
 // dbias        [vocab]         float32, or null; every element is written
 //
-// Sums are taken in the order of the entries: fp32 for dhidden and dweight, rounded to dtype once, fp64 for dbias.
+// Sums are taken in the order of the entries and rounded to dtype once: in fp32 inside a run of them and in fp64 across
+// runs; dbias in fp64.
 // Returns as above; after kBadId the outputs hold nothing of use.
 int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* logits, const void* hidden,
                                                int64_t hidden_stride, const void* weight, int64_t weight_stride,

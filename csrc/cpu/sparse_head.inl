@@ -4,11 +4,14 @@
 // Limits. Forward and dH each read the K rows of the weight that a row names: N K H elements, less what the caches keep
 // of ids that repeat. dW is one write of [V, H], nearly all of it zeros. The arithmetic is nothing beside that, so what
 // counts is that memory never waits: a row of the weight is 4 KiB somewhere in hundreds of megabytes, which no hardware
-// prefetcher foresees, and the next ones are asked for while one is being used.
+// prefetcher foresees. Hence four rows at a time, and the next four are asked for meanwhile. Measured (EPYC 9004, two
+// threads, N = 512, K = 64, H = 1024, V = 151,936, fp32, 16 head and 48 tail ids; reading the rows once at the speed of
+// memory would take 3.5 ms): dH 3.6 ms, forward 4.4 ms, against 5.7 ms one row at a time and 8.7 ms without asking.
+// Walking the entries by id, so that a row of the weight is read once, takes 5.0 ms; it wins by a tenth at N = 4096.
 //
 // Accuracy. A dot product sums kBlock columns in fp32, as kLanes separate sums and then a tree, and blocks in fp64. A
-// weighted sum adds kRun rows in fp32 and then such partial sums, so that an id that thousands of rows name costs
-// kRun + count / kRun roundings, and not count of them.
+// weighted sum adds kRun rows in fp32 and such partial sums in fp64, so that an id that thousands of rows name loses no
+// more digits than one that 64 name.
 
 #include "numeric.inl"
 
@@ -20,33 +23,44 @@ ASYNCOPD_INLINE void prefetch(const Storage* elements) {
   for (size_t offset = 0; offset < kLanes * sizeof(Storage); offset += 64) __builtin_prefetch(bytes + offset);
 }
 
-// a . b, while asking for the row `next`.
+// sums[i] = a . rows[ids[i]] for four rows, while asking for those of the four ids `next`.
 template <typename Type>
-double dot(const float* a, const typename Type::Storage* b, int64_t width, const typename Type::Storage* next) {
-  double sum = 0.0;
-  alignas(64) float lanes[kLanes];
+void dot_four(const float* a, const uint32_t* ids, const uint32_t* next, const typename Type::Storage* rows,
+              int64_t stride, int64_t width, double* sums) {
+  alignas(64) float lanes[4][kLanes];
+  const typename Type::Storage* row[4];
+  for (int i = 0; i < 4; ++i) {
+    row[i] = rows + ids[i] * stride;
+    sums[i] = 0.0;
+  }
   for (int64_t start = 0; start < width; start += kBlock) {
     const int64_t end = width - start < kBlock ? width : start + kBlock;
-    for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
+    for (int i = 0; i < 4; ++i) {
+      for (int l = 0; l < kLanes; ++l) lanes[i][l] = 0.0f;
+    }
     int64_t j = start;
     for (; j + kLanes <= end; j += kLanes) {
-      prefetch(next + j);
-      for (int l = 0; l < kLanes; ++l) lanes[l] += a[j + l] * Type::load(b[j + l]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        prefetch(rows + next[i] * stride + j);
+        for (int l = 0; l < kLanes; ++l) lanes[i][l] += a[j + l] * Type::load(row[i][j + l]);
+      }
     }
-    for (int l = 0; l < static_cast<int>(end - j); ++l) lanes[l] += a[j + l] * Type::load(b[j + l]);
+    for (int i = 0; i < 4; ++i) {
+      for (int l = 0; l < static_cast<int>(end - j); ++l) lanes[i][l] += a[j + l] * Type::load(row[i][j + l]);
 #pragma GCC unroll 8
-    for (int half = kLanes / 2; half > 0; half /= 2) {
-      for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+      for (int half = kLanes / 2; half > 0; half /= 2) {
+        for (int l = 0; l < half; ++l) lanes[i][l] += lanes[i][l + half];
+      }
+      sums[i] += lanes[i][0];
     }
-    sum += lanes[0];
   }
-  return sum;
 }
 
 // part += the four rows times their factors, while asking for the same columns of the rows `next`.
 template <typename Type>
 void add_four(const Term* terms, const Term* next, const typename Type::Storage* rows, int64_t stride, int64_t width,
-              float* part) {
+              float* __restrict part) {
   const auto* a = rows + terms[0].row * stride;
   const auto* b = rows + terms[1].row * stride;
   const auto* c = rows + terms[2].row * stride;
@@ -58,7 +72,6 @@ void add_four(const Term* terms, const Term* next, const typename Type::Storage*
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes) {
     for (int i = 0; i < 4; ++i) prefetch(rows + next[i].row * stride + j);
-#pragma GCC ivdep
     for (int l = 0; l < kLanes; ++l) add(j + l);
   }
   for (; j < width; ++j) add(j);
@@ -68,12 +81,12 @@ void add_four(const Term* terms, const Term* next, const typename Type::Storage*
 template <typename Type>
 void weighted_sum(const Term* terms, int64_t count, const typename Type::Storage* rows, int64_t stride, int64_t width,
                   typename Type::Storage* out) {
-  alignas(64) float sum[kBlock];
+  alignas(64) double sum[kBlock];
   alignas(64) float part[kBlock];
   for (int64_t start = 0; start < width; start += kBlock) {
     const int columns = static_cast<int>(width - start < kBlock ? width - start : kBlock);
     const auto* block = rows + start;
-    for (int j = 0; j < columns; ++j) sum[j] = 0.0f;
+    for (int j = 0; j < columns; ++j) sum[j] = 0.0;
     for (int64_t first = 0; first < count; first += kRun) {
       const int64_t last = count - first < kRun ? count : first + kRun;
       for (int j = 0; j < columns; ++j) part[j] = 0.0f;
@@ -88,7 +101,7 @@ void weighted_sum(const Term* terms, int64_t count, const typename Type::Storage
       }
       for (int j = 0; j < columns; ++j) sum[j] += part[j];
     }
-    for (int j = 0; j < columns; ++j) out[start + j] = Type::store(sum[j]);
+    for (int j = 0; j < columns; ++j) out[start + j] = Type::store(static_cast<float>(sum[j]));
   }
 }
 
@@ -99,26 +112,43 @@ bool ids_in_range(const Id* ids, int64_t count, int64_t vocab) {
   return valid;
 }
 
+ASYNCOPD_INLINE float epilogue(const Problem& p, double y) {
+  y *= p.logit_scale;
+  if (p.softcap != 0.0) y = p.softcap * std::tanh(y / p.softcap);
+  return static_cast<float>(y / p.temperature);
+}
+
 template <typename Type, typename Id>
-bool forward_rows(const Problem& p, const float* bias, float* logits, float* hidden_row, int64_t begin, int64_t end) {
+bool forward_rows(const Problem& p, const float* bias, float* logits, const Workspace& work, int64_t begin,
+                  int64_t end) {
   using Storage = typename Type::Storage;
   const auto* weight = static_cast<const Storage*>(p.weight);
   for (int64_t n = begin; n < end; ++n) {
     const Id* ids = static_cast<const Id*>(p.ids) + n * p.num_ids;
     float* out = logits + n * p.num_ids;
     if (!ids_in_range(ids, p.num_ids, p.vocab)) return false;
-    for (int64_t k = 0; k < p.num_ids; ++k) out[k] = -std::numeric_limits<float>::infinity();
-    if (p.mask != nullptr && !p.mask[n]) continue;
-    const auto* hidden = static_cast<const Storage*>(p.hidden) + n * p.hidden_stride;
-    for (int64_t h = 0; h < p.width; ++h) hidden_row[h] = Type::load(hidden[h]);
-    for (int64_t k = 0; k < p.num_ids; ++k) {
-      if (ids[k] < 0) continue;
-      const Id next = k + 1 < p.num_ids && ids[k + 1] >= 0 ? ids[k + 1] : ids[k];
-      double y = dot<Type>(hidden_row, weight + ids[k] * p.weight_stride, p.width, weight + next * p.weight_stride);
-      if (bias != nullptr) y += bias[ids[k]];
-      y *= p.logit_scale;
-      if (p.softcap != 0.0) y = p.softcap * std::tanh(y / p.softcap);
-      out[k] = static_cast<float>(y / p.temperature);
+    int64_t count = 0;
+    for (int64_t k = 0; k < p.num_ids && (p.mask == nullptr || p.mask[n]); ++k) {
+      if (ids[k] >= 0) work.ids[count++] = static_cast<uint32_t>(ids[k]);
+    }
+    const bool used = count > 0;
+    if (used) {
+      const auto* hidden = static_cast<const Storage*>(p.hidden) + n * p.hidden_stride;
+      for (int64_t h = 0; h < p.width; ++h) work.hidden[h] = Type::load(hidden[h]);
+      for (int64_t i = count; i % 4 != 0; ++i) work.ids[i] = work.ids[count - 1];
+    }
+    // From the left as if there were no pads, then moved to where they belong.
+    for (int64_t first = 0; first < count; first += 4) {
+      const uint32_t* four = work.ids + first;
+      double sums[4];
+      dot_four<Type>(work.hidden, four, first + 4 < count ? four + 4 : four, weight, p.weight_stride, p.width, sums);
+      for (int64_t i = first; i < count && i < first + 4; ++i) {
+        const double added = bias == nullptr ? 0.0 : bias[work.ids[i]];
+        out[i] = epilogue(p, sums[i - first] + added);
+      }
+    }
+    for (int64_t k = p.num_ids - 1; k >= 0; --k) {
+      out[k] = used && ids[k] >= 0 ? out[--count] : -std::numeric_limits<float>::infinity();
     }
   }
   return true;

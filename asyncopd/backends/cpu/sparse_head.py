@@ -109,7 +109,9 @@ def _linear_gather_logits_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     hidden, weight, ids, mask = _check(hidden, weight, ids, bias, mask, temperature, softcap)
     if grad.shape != ids.shape or logits.shape != ids.shape:
-        raise ValueError(f"grad, logits: got {list(grad.shape)}, {list(logits.shape)}, expected {list(ids.shape)} twice")
+        raise ValueError(
+            f"grad, logits: got {list(grad.shape)}, {list(logits.shape)}, expected {list(ids.shape)} twice"
+        )
     grad, logits = grad.to(torch.float32).contiguous(), logits.to(torch.float32).contiguous()
     vocab, width = weight.shape
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype)
