@@ -1,4 +1,4 @@
-"""The C++ sampled head (K dot products a row, their gradient) against the reference in fp64, on every instruction set."""
+"""The C++ sampled head (K dot products a row, their gradient) against the reference in fp64, on every isa."""
 
 from dataclasses import dataclass, replace
 
@@ -151,7 +151,7 @@ def test_duplicates_are_rounded_together(isa: int) -> None:
 
 
 def test_long_sums_are_accurate(isa: int) -> None:
-    """Summed one after the other in fp32, 20,000 equal terms would be off by 2e-4, the 256 columns of a lane by 2e-6."""
+    """One after the other in fp32, 20,000 equal terms would be off by 2e-4, the 256 columns of a lane by 2e-6."""
     rows = 20_000
     case = Case(torch.full((rows, 3), 0.1), torch.ones(4, 3), torch.full((rows, 1), 2), torch.ones(rows, 1))
     _, dweight, dbias = replace(case, bias=torch.zeros(4)).gradients(isa=isa)
