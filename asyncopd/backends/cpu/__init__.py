@@ -13,11 +13,14 @@ from asyncopd.backends.cpu.head import (
 )
 from asyncopd.backends.cpu.head_loss import linear_kl
 from asyncopd.backends.cpu.logits import gather_logprobs, gather_logprobs_backward, sample_support, topk_logprobs
+from asyncopd.backends.cpu.sparse_head import linear_gather_logits, linear_gather_logits_backward
 from asyncopd.backends.native import unavailable_reason
 
 __all__ = [
     "gather_logprobs",
     "gather_logprobs_backward",
+    "linear_gather_logits",
+    "linear_gather_logits_backward",
     "linear_gather_logprobs",
     "linear_gather_logprobs_backward",
     "linear_kl",

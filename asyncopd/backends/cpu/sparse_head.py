@@ -1,0 +1,182 @@
+"""The sampled head: logits at the K ids of a row and their gradient, from K rows of the weight and no pass over all V.
+
+Any row stride of hidden states and weight; rows whose elements are not contiguous are copied first, which for a weight
+[V, H] costs more than the op itself. The public functions are the backend's; the private ones let tests choose threads
+and instruction set.
+"""
+
+import torch
+from torch import Tensor
+
+from asyncopd.backends.native import _C, DTYPE_CODES, ID_TYPE_CODES, check_ids, raise_for_status
+
+
+def linear_gather_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """hidden [N, H], weight [V, H] of one dtype, ids [N, K] -> fp32 logits [N, K]; -inf at pads and in masked rows.
+
+    bias [V] has any float dtype, mask [N] is bool. Raises ValueError for ids outside [-1, V), in masked rows as well.
+    """
+    return _linear_gather_logits(hidden, weight, ids, bias, mask, temperature, logit_scale, softcap)
+
+
+def linear_gather_logits_backward(
+    grad: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad [N, K] of `logits` -> gradients of hidden [N, H], weight [V, H] ([0, H] if not needed), bias [V] or [0].
+
+    Each in the dtype of what it is the gradient of, rounded to it once. Without need_weight and bias nothing is V wide.
+    """
+    return _linear_gather_logits_backward(
+        grad, logits, hidden, weight, ids, bias, mask, temperature, logit_scale, softcap, need_weight
+    )
+
+
+def _linear_gather_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    *,
+    threads: int | None = None,
+    isa: int = -1,
+) -> Tensor:
+    hidden, weight, ids, mask = _check(hidden, weight, ids, bias, mask, temperature, softcap)
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    logits = torch.empty(ids.shape, dtype=torch.float32)
+    status = _C.cpu_linear_gather_logits(
+        hidden=hidden.data_ptr(),
+        hidden_stride=hidden.stride(0),
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        dtype=DTYPE_CODES[hidden.dtype],
+        bias=0 if bias is None else bias.data_ptr(),
+        ids=ids.data_ptr(),
+        id_type=ID_TYPE_CODES[ids.dtype],
+        mask=0 if mask is None else mask.data_ptr(),
+        rows=ids.shape[0],
+        vocab=weight.shape[0],
+        width=weight.shape[1],
+        num_ids=ids.shape[1],
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap or 0.0,
+        logits=logits.data_ptr(),
+        threads=torch.get_num_threads() if threads is None else threads,
+        isa=isa,
+    )
+    raise_for_status(status, "cpu_linear_gather_logits", weight.shape[0])
+    return logits
+
+
+def _linear_gather_logits_backward(
+    grad: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    need_weight: bool,
+    *,
+    threads: int | None = None,
+    isa: int = -1,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, weight, ids, mask = _check(hidden, weight, ids, bias, mask, temperature, softcap)
+    if grad.shape != ids.shape or logits.shape != ids.shape:
+        raise ValueError(
+            f"grad, logits: got {list(grad.shape)}, {list(logits.shape)}, expected {list(ids.shape)} twice"
+        )
+    grad, logits = grad.to(torch.float32).contiguous(), logits.to(torch.float32).contiguous()
+    vocab, width = weight.shape
+    dhidden = torch.empty(hidden.shape, dtype=hidden.dtype)
+    # Not torch.zeros: the kernel writes every row once, from all threads, with its sum or with zeros.
+    dweight = torch.empty((vocab if need_weight else 0, width), dtype=weight.dtype)
+    dbias = torch.empty(0 if bias is None else vocab, dtype=torch.float32)
+    status = _C.cpu_linear_gather_logits_backward(
+        grad=grad.data_ptr(),
+        logits=logits.data_ptr(),
+        hidden=hidden.data_ptr(),
+        hidden_stride=hidden.stride(0),
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0),
+        dtype=DTYPE_CODES[hidden.dtype],
+        ids=ids.data_ptr(),
+        id_type=ID_TYPE_CODES[ids.dtype],
+        mask=0 if mask is None else mask.data_ptr(),
+        rows=ids.shape[0],
+        vocab=vocab,
+        width=width,
+        num_ids=ids.shape[1],
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap or 0.0,
+        dhidden=dhidden.data_ptr(),
+        dweight=dweight.data_ptr() if need_weight else 0,
+        dbias=0 if bias is None else dbias.data_ptr(),
+        threads=torch.get_num_threads() if threads is None else threads,
+        isa=isa,
+    )
+    raise_for_status(status, "cpu_linear_gather_logits_backward", vocab)
+    return dhidden, dweight, dbias.to(weight.dtype if bias is None else bias.dtype)
+
+
+def _check(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    temperature: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight, ids and mask as the kernels take them.
+
+    The callers have checked most of this; it is repeated because a kernel given raw pointers cannot.
+    """
+    if hidden.dtype not in DTYPE_CODES or weight.dtype != hidden.dtype:
+        raise TypeError(
+            f"hidden, weight: got {hidden.dtype}, {weight.dtype}, expected one of float32, bfloat16, float16 for both"
+        )
+    ids = check_ids(ids, hidden, "hidden")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
+        raise ValueError(f"weight: got shape {list(weight.shape)}, expected [V, {hidden.shape[1]}]")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape[:1]):
+        raise ValueError(f"mask: got {mask.dtype} {list(mask.shape)}, expected torch.bool [{ids.shape[0]}]")
+    if not temperature > 0:
+        raise ValueError(f"temperature: got {temperature}, expected a number above 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
+    devices = {tensor.device.type for tensor in (hidden, weight, ids, bias, mask) if tensor is not None}
+    if devices != {"cpu"}:
+        raise ValueError(f"hidden, weight, ids, bias, mask: got devices {sorted(devices)}, expected cpu")
+    hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+    weight = weight if weight.stride(1) == 1 else weight.contiguous()
+    return hidden, weight, ids, None if mask is None else mask.contiguous()
