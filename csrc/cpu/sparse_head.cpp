@@ -76,8 +76,9 @@ Kernels find_kernels(int dtype, int id_type, int64_t rows, int64_t vocab, int is
   return kSelect[isa](dtype, id_type);
 }
 
-// A counting sort: it is stable, and its counts are the offsets that are needed anyway. One thread, since it takes a
-// hundredth of the time of what follows it. offsets [vocab + 1] come as zeros; terms has room for all entries.
+// A counting sort: it is stable, and its counts are the offsets that are needed anyway. One thread: with V = 151,936
+// and the bias's gradient it takes 1 ms for 32,768 entries and 55 ms for 4 million, 3 to 6 % of what dW takes.
+// offsets [vocab + 1] come as zeros; terms has room for all entries.
 void sort_by_id(const Gradient& gradient, int64_t rows, int64_t vocab, int64_t num_ids, int64_t* offsets, Term* terms) {
   for (int64_t n = 0; n < rows; ++n) {
     const Term* row = gradient.terms + n * num_ids;

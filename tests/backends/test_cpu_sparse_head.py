@@ -313,3 +313,14 @@ def test_wrong_arguments() -> None:
         replace(case, grad=case.grad[:, 1:]).gradients()
     with pytest.raises(RuntimeError, match="status 2"):
         case.logits(isa=99)
+
+
+@pytest.mark.parametrize("too_many", ["rows", "vocab"])
+def test_more_than_32_bits_can_number_is_refused(too_many: str) -> None:
+    """Before anything is read or allocated."""
+    scalars = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0}
+    sizes = {"rows": 1, "vocab": 1, "width": 1, "num_ids": 1, too_many: 2**32}
+    head = {"hidden": 0, "hidden_stride": 1, "weight": 0, "weight_stride": 1, "ids": 0, "mask": 0}
+    common = {"dtype": 0, "id_type": 1, "threads": 1, "logits": 0, **head, **sizes, **scalars}
+    assert cpu._C.cpu_linear_gather_logits(bias=0, **common) == 2
+    assert cpu._C.cpu_linear_gather_logits_backward(grad=0, dhidden=0, dweight=0, dbias=0, **common) == 2
