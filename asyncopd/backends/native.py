@@ -53,3 +53,10 @@ def check_ids(ids: Tensor, like: Tensor, like_name: str) -> Tensor:
     if like.device != ids.device:
         raise ValueError(f"{like_name}, ids: got {like.device} and {ids.device}, expected one device")
     return ids.contiguous()
+
+
+def empty_gradient(weight: Tensor) -> Tensor:
+    """A contiguous, uninitialised tensor for the gradient of a head [V, H], in memory that is cheap to write first."""
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
+    _C.cpu_advise_huge_pages(out.data_ptr(), out.nbytes)
+    return out

@@ -11,7 +11,6 @@
 #include <memory>
 
 #include "isa.h"
-#include "pages.h"
 #include "parallel.h"
 
 namespace asyncopd {
@@ -172,7 +171,6 @@ int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* l
   if (dbias != nullptr) bias_gradient(entries, vocab, dbias);
   if (dweight != nullptr) {
     const int64_t row_bytes = width * (dtype == kFloat32 ? 4 : 2);
-    advise_huge_pages(dweight, vocab * row_bytes);
     parallel_ids(vocab, row_bytes, threads, [&](int64_t begin, int64_t end) {
       kernels.weight_gradient(problem, entries, dweight, begin, end);
     });

@@ -8,7 +8,14 @@ and instruction set.
 import torch
 from torch import Tensor
 
-from asyncopd.backends.native import _C, DTYPE_CODES, ID_TYPE_CODES, check_ids, raise_for_status
+from asyncopd.backends.native import (
+    _C,
+    DTYPE_CODES,
+    ID_TYPE_CODES,
+    check_ids,
+    empty_gradient,
+    raise_for_status,
+)
 
 
 def linear_gather_logits(
@@ -115,8 +122,8 @@ def _linear_gather_logits_backward(
     grad, logits = grad.to(torch.float32).contiguous(), logits.to(torch.float32).contiguous()
     vocab, width = weight.shape
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype)
-    # Not torch.zeros: the kernel writes every row once, from all threads, with its sum or with zeros.
-    dweight = torch.empty((vocab if need_weight else 0, width), dtype=weight.dtype)
+    # Not zeros: the kernel writes every row once, from all threads, with its sum or with zeros.
+    dweight = empty_gradient(weight) if need_weight else torch.empty((0, width), dtype=weight.dtype)
     dbias = torch.empty(0 if bias is None else vocab, dtype=torch.float32)
     status = _C.cpu_linear_gather_logits_backward(
         grad=grad.data_ptr(),
