@@ -76,6 +76,21 @@ def test_masked_rows_may_hold_anything(backend: Backend, rng: torch.Generator) -
         assert leaf.grad.isfinite().all()
 
 
+def test_pads_touch_nothing(backend: Backend, rng: torch.Generator) -> None:
+    """Neither a row of the head that only a pad might have read, nor a hidden state whose entries are all pads."""
+    hidden, weight, _, ids, _ = head(backend, rng)
+    ids = torch.where(ids == 0, 1, ids)
+    weight[0], hidden[4] = torch.nan, torch.inf
+    out = OPS.linear_gather_logits(hidden.requires_grad_(), weight.requires_grad_(), ids, None, None, 1.0, 1.0, None)
+    out.backward(torch.ones_like(out))
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert torch.isfinite(hidden.grad).all()
+    assert torch.isfinite(weight.grad).all()
+    assert (weight.grad[0] == 0).all()
+    assert (hidden.grad[4] == 0).all()
+
+
 @pytest.mark.parametrize("op", ["linear_gather_logits", "linear_gather_logprobs"])
 def test_masked_rows_that_are_not_compacted(rng: torch.Generator, monkeypatch: pytest.MonkeyPatch, op: str) -> None:
     """On a device the reference keeps masked rows where they are, since their number would have to be read back."""

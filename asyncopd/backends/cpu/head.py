@@ -68,7 +68,7 @@ def linear_gather_logprobs_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one)."""
-    used = rows_with_gradient(grad, mask)
+    used = rows_with_gradient(grad, ids, mask)
     walk = Walk(hidden[used], ids[used], Head(weight, bias, temperature, logit_scale, softcap))
     gradients = Gradients(
         torch.zeros_like(walk.hidden),

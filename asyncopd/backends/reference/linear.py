@@ -95,9 +95,9 @@ def _silence(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, 
     return torch.where(mask[:, None], hidden, 0), torch.where(mask[:, None], ids, -1)
 
 
-def rows_with_gradient(grad: Tensor, mask: Tensor | None) -> Tensor:
+def rows_with_gradient(grad: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
     """Rows that take part in the backward: one that the caller dropped is 0, whatever its hidden state holds."""
-    used = (grad != 0).any(dim=1)
+    used = ((grad != 0) & (ids >= 0)).any(dim=1)
     return used if mask is None else used & mask
 
 
@@ -156,7 +156,7 @@ def linear_gather_logprobs_backward(
     head = Head(weight, bias, temperature, logit_scale, softcap)
     dtype = lse.dtype
     dhidden, dweight, dbias = _empty_gradients(hidden, head, dtype, need_weight)
-    mask = rows_with_gradient(grad, mask)
+    mask = rows_with_gradient(grad, ids, mask)
     valid = _valid_rows(mask, hidden.shape[0], hidden.device)
     safe_hidden, ids = _silence(hidden, ids, mask)
     for chunk in head_chunks(valid.shape[0], weight.shape[0]):
@@ -231,7 +231,7 @@ def linear_gather_logits_backward(
     head = Head(weight, bias, temperature, logit_scale, softcap)
     dtype = logits.dtype
     dhidden, dweight, dbias = _empty_gradients(hidden, head, dtype, need_weight)
-    mask = rows_with_gradient(grad, mask)
+    mask = rows_with_gradient(grad, ids, mask)
     valid = _valid_rows(mask, hidden.shape[0], hidden.device)
     safe_hidden, ids = _silence(hidden, ids, mask)
     for chunk in row_chunks(valid.shape[0], ids.shape[1] * weight.shape[1]):
@@ -240,9 +240,12 @@ def linear_gather_logits_backward(
         z = logits[rows].masked_fill(ids[rows] < 0, 0.0) if softcap is not None else None
         dy = head.epilogue_gradient(grad[rows].to(dtype).masked_fill(ids[rows] < 0, 0.0), z)
         h = safe_hidden[rows].to(dtype)
-        dhidden[rows] = torch.einsum("ck,ckh->ch", dy, weight[picked].to(dtype))
+        # A pad reads row 0 of the head, and 0 * NaN must not come of it.
+        pads = (ids[rows] < 0)[:, :, None]
+        dhidden[rows] = torch.einsum("ck,ckh->ch", dy, weight[picked].to(dtype).masked_fill_(pads, 0.0))
         if need_weight:
-            dweight.index_add_(0, picked.flatten(), (dy[:, :, None] * h[:, None, :]).flatten(0, 1))
+            terms = (dy[:, :, None] * h[:, None, :]).masked_fill_(pads, 0.0)
+            dweight.index_add_(0, picked.flatten(), terms.flatten(0, 1))
         if bias is not None:
             dbias.index_add_(0, picked.flatten(), dy.flatten())
     return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
