@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench.gates import THREADS
 from bench.measure import Timing
+from bench.report import print_report
+from bench.results import load
 
 
 class Replay:
@@ -36,6 +39,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "benchmark" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=REPLAY))
+
+
+RESULTS_FILE = pytest.StashKey[Path]()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table of what was measured, below the tests."""
+    path = config.stash.get(RESULTS_FILE, None)
+    if path is not None and path.exists():
+        print_report(load(path), Console())
+        terminalreporter.write_line(f"results: {path}")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

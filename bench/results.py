@@ -55,6 +55,7 @@ class Result:
     provider: str
     status: Status
     reason: str
+    bound: Literal["bytes", "flops"]  # which of the rates below is compared with the limit
     rounds: int
     median_s: float | None
     min_s: float | None
@@ -95,6 +96,7 @@ def make_result(
         provider=provider,
         status=status,
         reason=reason,
+        bound=work.bound,
         rounds=len(timing.seconds) if timing else 0,
         median_s=timing.median if timing else None,
         min_s=best,

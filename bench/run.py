@@ -1,4 +1,4 @@
-"""One case from inputs to results: every provider is prepared, checked, its memory taken; then all are timed in rounds."""
+"""One case from inputs to results: every provider is prepared and checked, its memory taken, then all are timed."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

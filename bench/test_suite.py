@@ -13,6 +13,7 @@ import torch
 
 from bench import results
 from bench.cases import Case, cases_of
+from bench.conftest import RESULTS_FILE
 from bench.families import FAMILIES, OURS
 from bench.measure import Timing
 from bench.run import Measured, measure
@@ -25,6 +26,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measured]:
     command = "python -m pytest " + " ".join(map(str, request.config.invocation_params.args))
     environment = results.environment(DEVICE, command)
     path = request.config.getoption("--results") or results.default_path(environment)
+    request.config.stash[RESULTS_FILE] = path
 
     @cache
     def of(case: Case) -> Measured:

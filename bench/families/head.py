@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property, partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -131,12 +132,13 @@ def linear_cross_entropy(inputs: HeadInputs) -> Callable[[], Gradients]:
     if options is None or not hasattr(F, "linear_cross_entropy"):
         raise Unavailable(f"torch {torch.__version__} has no chunked F.linear_cross_entropy")
     targets = inputs.targets if inputs.mask is None else torch.where(inputs.mask, inputs.targets, -100)
-    # Left to itself it takes chunks of one or two rows at these shapes, and 10 times as long (64 rows, 2 threads, H=1024).
+    # Left to itself it takes chunks of one or two rows at these shapes, and 10 times as long (7.1 s against 0.7 s for
+    # 64 rows of Qwen3 0.6B on two threads).
     chunked = options(batch_chunk_size=CHUNK, chunking_method=None)
     return with_gradients(lambda h, w: F.linear_cross_entropy(h, w, targets, options=chunked), inputs)
 
 
-def ours(inputs: HeadInputs, normalize: str) -> Callable[[], Gradients]:
+def ours(inputs: HeadInputs, normalize: Literal["exact", "sampled"]) -> Callable[[], Gradients]:
     loss = partial(asyncopd.linear_reverse_kl, support=inputs.support, mask=inputs.mask, normalize=normalize)
     return with_gradients(loss, inputs)
 
