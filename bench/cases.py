@@ -102,7 +102,7 @@ class Case:
 BF16, FP16 = torch.bfloat16, torch.float16
 
 TOPK = Case("topk", QWEN3_06B, 128, "ci", headline=True)
-TOPK_BF16 = Case("topk", QWEN3_06B, 128, "ci", BF16, headline=True)
+TOPK_BF16 = Case("topk", QWEN3_06B, 128, "ci", BF16)
 SUPPORT = Case("support", QWEN3_06B, 128, "ci", headline=True)
 GATHER = Case("gather", QWEN3_06B, 128, "ci", headline=True)
 KL = Case("kl", QWEN3_06B, 8192, "ci", headline=True)

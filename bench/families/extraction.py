@@ -24,6 +24,7 @@ from bench.families.base import (
     require,
     require_true,
     some_rows,
+    worst,
 )
 from bench.inputs import LogitsInputs, logits_inputs
 
@@ -72,7 +73,7 @@ def check_topk(o: Oracle, top: asyncopd.TopK, *, stable: bool) -> float:
     if stable:
         require_true(bool(torch.equal(ids, expected.indices[:, :k])), "ids: not those of a stable sort")
     require_true(bool(torch.equal(o.logits.gather(1, ids), expected.values[:, :k])), "ids: not the K largest logits")
-    error = max(largest_difference(logprobs, o.at(ids)), largest_difference(lse, o.lse))
+    error = worst(largest_difference(logprobs, o.at(ids)), largest_difference(lse, o.lse))
     return require(error, BOUND, "log-probabilities")
 
 
@@ -133,7 +134,7 @@ def check_support(o: Oracle, drawn: Drawn) -> float:
     exact = o.at(ids)
     log_rest = rest.logsumexp(1, keepdim=True) - o.lse[:, None]
     weights = torch.cat([torch.zeros_like(exact[:, :head]), log_rest - math.log(samples) - exact[:, head:]], 1)
-    error = max(largest_difference(logprobs, exact), largest_difference(log_weights, weights))
+    error = worst(largest_difference(logprobs, exact), largest_difference(log_weights, weights))
     return require(error, BOUND, "log-probabilities or log-weights")
 
 

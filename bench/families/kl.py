@@ -25,6 +25,7 @@ from bench.families.base import (
     relative_difference,
     require,
     sum_difference,
+    worst,
 )
 from bench.inputs import LossInputs, loss_inputs
 
@@ -73,7 +74,7 @@ def _scores(support: asyncopd.Support) -> tuple[Tensor, Tensor]:
 def check(o: Oracle, loss: Loss) -> float:
     error = sum_difference(loss.value, o.terms)
     if loss.grad is not None:
-        error = max(error, relative_difference(loss.grad, o.grad))
+        error = worst(error, relative_difference(loss.grad, o.grad))
     return require(error, TOLERANCE[torch.float32], "loss or gradient")
 
 
