@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from bench.gates import THREADS
 from bench.measure import Timing
@@ -48,7 +47,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     """The table of what was measured, below the tests."""
     path = config.stash.get(RESULTS_FILE, None)
     if path is not None and path.exists():
-        print_report(load(path), Console())
+        print_report(load(path))
         terminalreporter.write_line(f"results: {path}")
 
 

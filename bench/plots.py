@@ -39,7 +39,7 @@ def save_plot(results: Sequence[Result], path: Path) -> None:
     axes.set_xlabel("best time, in multiples of the limit measured in the same rounds (1 = at the limit)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     if labelled:
-        axes.legend(fontsize=8, loc="lower right")
+        figure.legend(fontsize=8, loc="outside lower center", ncols=len(labelled))
     axes.set_title("\n".join(where(e).rsplit("; ", 1)[0] for e in environments(results)), fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})

@@ -5,6 +5,7 @@ python -m bench.report FILE... --into README.md --plots bench/results
 """
 
 import argparse
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def family_table(family: str, results: Sequence[Result]) -> Table:
     about = FAMILIES[family]
     caption = f"limit: {about.limit}; error against fp64: {about.error}; ratios are of best times"
     table = Table("", title=about.title, caption=caption, title_justify="left", caption_justify="left")
-    for name in (*(name for name, _ in _COLUMNS), f"{OURS} is"):
+    for name in (*(name for name, _ in _COLUMNS), f"{OURS} faster by"):
         table.add_column(name, justify="right")
     for providers in by_case(results).values():
         table.add_row(f"[bold]{escape(what(next(iter(providers.values()))))}[/bold]")
@@ -118,7 +119,9 @@ def family_table(family: str, results: Sequence[Result]) -> Table:
     return table
 
 
-def print_report(results: Sequence[Result], console: Console) -> None:
+def print_report(results: Sequence[Result], console: Console | None = None) -> None:
+    # A pipe has no width, and a log is no place to cut figures off.
+    console = console or Console(width=None if sys.stdout.isatty() else 170)
     for family in dict.fromkeys(result.family for result in results):
         console.print(family_table(family, [r for r in results if r.family == family]))
     for environment in environments(results):
@@ -178,7 +181,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         insert_between_markers(options.into, MARKERS, "\n\n".join(tables))
     if not options.into and not options.plots:
         for results in runs.values():
-            print_report(results, Console())
+            print_report(results)
 
 
 if __name__ == "__main__":

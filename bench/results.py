@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -16,6 +15,7 @@ from typing import Literal
 
 import torch
 
+import asyncopd
 from bench.cases import Case
 from bench.measure import Timing
 
@@ -116,7 +116,7 @@ def environment(device: torch.device, command: str) -> Environment:
         instruction_set=torch.backends.cpu.get_cpu_capability(),
         python=platform.python_version(),
         torch=torch.__version__,
-        asyncopd=importlib.metadata.version("asyncopd"),
+        asyncopd=asyncopd.__version__,
         commit=_commit(),
         date=datetime.date.today().isoformat(),
         command=command,

@@ -5,7 +5,6 @@ timed. Machines where the ratios mean something else skip, and say why.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -79,7 +78,14 @@ def test_gather_is_accurate_and_faster_than_torch(report_timing: Report) -> None
 
 
 def test_loss(report_timing: Report) -> None:
-    gate(cases.KL, [Bound(FORWARD, LIMIT, 2.0)], report_timing, rounds=30)
+    forward = gate(cases.KL, [Bound(FORWARD, LIMIT, 2.0)], report_timing, rounds=30)[FORWARD].call
+    assert forward is not None
+    coefficients = 4 * cases.KL.rows * cases.KL.k
+    peak = peak_extra_bytes(forward, DEVICE)
+    assert peak is not None, "the peak of resident memory cannot be read here"
+    assert peak < 2 * coefficients, (
+        f"{peak / 2**20:.1f} MiB: more than c, {coefficients / 2**20:.1f} MiB, and a temporary"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ the heads
@@ -110,7 +116,7 @@ def test_head_memory(heads: tuple[HeadInputs, dict[str, Call]]) -> None:
     assert peak < logits / 4 + dweight, f"{peak / 2**20:.0f} MiB, expected below {(logits / 4 + dweight) / 2**20:.0f}"
 
 
-def test_head_times(heads: tuple[HeadInputs, dict[str, Call]], report_timing: Report, benchmark: Any) -> None:
+def test_head_times(heads: tuple[HeadInputs, dict[str, Call]], report_timing: Report) -> None:
     bounds = [
         Bound("exact", "products", 1.15),
         Bound("half masked", "exact", 0.65),

@@ -4,6 +4,7 @@ A case is measured once, all its providers in the same rounds, when the first of
 run or is wrong is said so in the results; for asyncopd either is a failure.
 """
 
+import shlex
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -23,7 +24,7 @@ DEVICE = torch.device("cpu")
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measured]:
-    command = "python -m pytest " + " ".join(map(str, request.config.invocation_params.args))
+    command = shlex.join(["python", "-m", "pytest", *map(str, request.config.invocation_params.args)])
     environment = results.environment(DEVICE, command)
     path = request.config.getoption("--results") or results.default_path(environment)
     request.config.stash[RESULTS_FILE] = path

@@ -1,5 +1,6 @@
 """From a measured case to JSON lines, tables and plots."""
 
+import io
 import json
 import subprocess
 import sys
@@ -100,7 +101,7 @@ def test_environment_names_machine_versions_and_no_path() -> None:
 
 
 def test_terminal_tables(run: tuple[Result, ...]) -> None:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console = Console(width=200, record=True, file=io.StringIO())
     print_report(run, console)
     text = console.export_text()
     assert "missing: unavailable: Unavailable: no such thing here" in text
