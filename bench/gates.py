@@ -7,13 +7,15 @@ not hold yet, takes more rounds, a bounded number of times: a disturbance passes
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from bench.measure import Call, Timing, interleave
 
 THREADS = 2
-ATTEMPTS = 3
+ATTEMPTS = 4
+ATTEMPT_S = 1.0
 
 
 class GateLost(AssertionError):
@@ -48,14 +50,18 @@ def hold(
     calls: Mapping[str, Call],
     bounds: Sequence[Bound],
     *,
-    rounds: int,
+    rounds: int | None = None,
     attempts: int = ATTEMPTS,
-    device: torch.device | None = None,
 ) -> dict[str, Timing]:
-    """Time warm calls until every bound holds, at most `attempts` times `rounds`; GateLost if one never does."""
+    """Time warm calls until every bound holds, at most `attempts` times; GateLost if one never does.
+
+    Rounds of an attempt: as given, or as many as fit ATTEMPT_S. Short calls are best held in pairs: what disturbs one
+    then disturbs the other, and a quiet moment, which gives the best times, serves both.
+    """
+    rounds_of = partial(interleave, device=torch.device("cpu"), rounds=rounds, budget_s=ATTEMPT_S)
     seconds: dict[str, tuple[float, ...]] = dict.fromkeys(calls, ())
     for _ in range(attempts):
-        for name, timing in interleave(calls, device=device or torch.device("cpu"), rounds=rounds).items():
+        for name, timing in rounds_of(calls).items():
             seconds[name] += timing.seconds
         best = {name: min(values) for name, values in seconds.items()}
         if all(bound.ratio(best) <= bound.at_most for bound in bounds):
