@@ -16,9 +16,12 @@ SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test sanitize bench lint wheel clean
+=======
+.PHONY: help setup demo test bench bench-report gates lint wheel clean
+>>>>>>> refs/heads/bench
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
 
 setup: $(BUILD) ## .venv with pinned packages and the compiled extension
 
@@ -42,6 +45,7 @@ demo: $(BUILD) ## teacher, student and the pipeline on this machine's CPU; write
 test: $(BUILD) ## the test suite, with line coverage of asyncopd/
 	$(VENV)/bin/python -m pytest --cov=asyncopd --cov-report=term --cov-fail-under=90 $(ARGS)
 
+<<<<<<< HEAD
 # A package of its own under build/, so that the ordinary extension stays. The sanitizer has to be loaded before Python,
 # which itself never frees all it has (no leak check), and before torch, whose libraries it does not know.
 SANITIZED := $(CURDIR)/build/sanitized
@@ -52,8 +56,15 @@ sanitize: $(BUILD) ## the kernels' tests with address and undefined-behaviour sa
 	  ASAN_OPTIONS=detect_leaks=0:protect_shadow_gap=0 UBSAN_OPTIONS=print_stacktrace=1 ASYNCOPD_SANITIZE=1 \
 	  $(VENV)/bin/pytest -q -p no:cacheprovider --timeout 600 test_sanitizer.py $(or $(ARGS),backends ops losses)
 
-bench: $(BUILD) ## microbenchmarks on this machine's CPU, each beside one read of its input
-	OMP_NUM_THREADS=$$(getconf _NPROCESSORS_ONLN) $(VENV)/bin/python -m pytest bench -q --benchmark-columns=min,median,rounds --benchmark-sort=min
+# The suite's own table takes the place of pytest-benchmark's, whose options still work: make bench ARGS="--benchmark-autosave"
+bench: $(BUILD) ## every kernel beside the machine's limit and its peers, on two threads, in under 10 minutes; writes bench/results
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest bench/test_suite.py -q --benchmark-quiet $(ARGS)
+
+bench-report: $(BUILD) ## README's table of benchmarks and the plots, from the newest files in bench/results
+	$(VENV)/bin/python -m bench.report --into README.md --plots bench/results
+
+gates: $(BUILD) ## the ratios that no kernel may lose, within one run: two threads, AVX-512
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest bench/test_gates.py -q --benchmark-quiet $(ARGS)
 
 lint: $(BUILD) ## ruff and mypy
 	$(VENV)/bin/ruff check .

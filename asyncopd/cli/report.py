@@ -10,7 +10,7 @@ from rich.table import Table
 from asyncopd.config import ConfigError
 from asyncopd.train import Summary
 
-BEGIN, END = "<!-- report: begin -->", "<!-- report: end -->"
+MARKERS = "report"
 
 
 def _percent(value: float) -> str:
@@ -66,13 +66,19 @@ def markdown(summaries: Sequence[Summary]) -> str:
     return "\n".join(lines)
 
 
-def insert_markdown(path: Path, summaries: Sequence[Summary]) -> None:
-    """Replace what stands between the markers; raises ConfigError if there are none."""
+def insert_between_markers(path: Path, name: str, content: str) -> None:
+    """Replace what stands between `<!-- name: begin -->` and `<!-- name: end -->`; ConfigError without them."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     text = path.read_text()
-    if BEGIN not in text or END not in text:
-        raise ConfigError(f"{path}: has no lines {BEGIN} and {END} to put the table between")
-    head, rest = text.split(BEGIN, 1)
-    path.write_text(f"{head}{BEGIN}\n{markdown(summaries)}\n{END}{rest.split(END, 1)[1]}")
+    if begin not in text or end not in text:
+        raise ConfigError(f"{path}: has no lines {begin} and {end} to put the table between")
+    head, rest = text.split(begin, 1)
+    path.write_text(f"{head}{begin}\n{content}\n{end}{rest.split(end, 1)[1]}")
+
+
+def insert_markdown(path: Path, summaries: Sequence[Summary]) -> None:
+    """The table into a file, between its report markers."""
+    insert_between_markers(path, MARKERS, markdown(summaries))
 
 
 def load_summary(run_dir: Path) -> Summary:

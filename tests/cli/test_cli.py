@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from asyncopd.cli import display
 from asyncopd.cli.app import app
-from asyncopd.cli.report import BEGIN, END, insert_markdown, load_summary, markdown, summary_table
+from asyncopd.cli.report import insert_markdown, load_summary, markdown, summary_table
 from asyncopd.config import ConfigError, load_config
 from asyncopd.pipeline import PipelineStatus
 from asyncopd.train import Summary
@@ -118,7 +118,7 @@ def test_teacher_and_student_can_be_made(tmp_path: Path) -> None:
 def test_report_is_written_between_its_markers(tmp_path: Path) -> None:
     summaries = [make_summary("sync", 1000.0), make_summary("async", 1600.0)]
     page = tmp_path / "README.md"
-    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    page.write_text("before\n<!-- report: begin -->\nold\n<!-- report: end -->\nafter\n")
     insert_markdown(page, summaries)
     text = page.read_text()
     assert text.startswith("before\n")

@@ -1,0 +1,188 @@
+"""Tables of finished benchmarks; every figure comes from the JSON lines.
+
+python -m bench.report                          the newest results of every machine, for the terminal
+python -m bench.report FILE... --into README.md --plots bench/results
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from asyncopd.cli.report import insert_between_markers
+from bench.families import COMPILED, EAGER, FAMILIES, LIMIT, OURS
+from bench.results import RESULTS, Environment, Result, load
+
+MARKERS = "bench"  # <!-- bench: begin --> and <!-- bench: end -->
+
+
+def newest_files(folder: Path = RESULTS) -> list[Path]:
+    """The last file of every machine: their names end in a date."""
+    last = {path.stem[: -len("-2026-01-31")]: path for path in sorted(folder.glob("*.jsonl"))}
+    return list(last.values())
+
+
+# ----------------------------------------------------------------------------------------------- one number each
+
+
+def seconds(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{1e3 * value:.3g} ms" if value < 1 else f"{value:.2f} s"
+
+
+def times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2g}x" if value < 10 else f"{value:.0f}x"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.2g} %" if value < 0.1 else f"{100 * value:.0f} %"
+
+
+def mebibytes(value: int | None) -> str:
+    return "" if value is None else f"{value / 2**20:,.1f} MiB" if value < 10 * 2**20 else f"{value / 2**20:,.0f} MiB"
+
+
+def rate(result: Result) -> str:
+    if result.bound == "flops":
+        return "" if result.gflop_per_s is None else f"{result.gflop_per_s:,.0f} GFLOP/s"
+    return "" if result.gb_per_s is None else f"{result.gb_per_s:.3g} GB/s"
+
+
+def error(result: Result) -> str:
+    return "" if result.error is None else f"{result.error:.1e}"
+
+
+def speedup(result: Result | None, other: Result | None) -> float | None:
+    """How many times as long the other took; None if one of them was not timed."""
+    if result is None or other is None or result.min_s is None or other.min_s is None:
+        return None
+    return other.min_s / result.min_s
+
+
+def by_case(results: Iterable[Result]) -> dict[str, dict[str, Result]]:
+    cases: dict[str, dict[str, Result]] = {}
+    for result in results:
+        cases.setdefault(result.case, {})[result.provider] = result
+    return cases
+
+
+def what(result: Result) -> str:
+    masked = f", {100 * result.masked:.0f} % masked" if result.masked else ""
+    return f"{result.model} {result.shape} {result.dtype}{masked}"
+
+
+def where(e: Environment) -> str:
+    return (
+        f"{e.machine}, {e.threads} threads, {e.instruction_set}; Python {e.python}, torch {e.torch}, "
+        f"asyncopd {e.asyncopd} at {e.commit}; {e.date}; {e.command}"
+    )
+
+
+def environments(results: Iterable[Result]) -> list[Environment]:
+    return list(dict.fromkeys(result.environment for result in results))
+
+
+# -------------------------------------------------------------------------------------------------- the terminal
+
+
+_COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
+    ("best", lambda r: seconds(r.min_s)),
+    ("median", lambda r: seconds(r.median_s)),
+    ("rate", rate),
+    ("of limit", lambda r: percent(r.share_of_limit)),
+    ("extra memory", lambda r: mebibytes(r.peak_bytes)),
+    ("error", error),
+)
+
+
+def family_table(family: str, results: Sequence[Result]) -> Table:
+    about = FAMILIES[family]
+    caption = f"limit: {about.limit}; error against fp64: {about.error}; ratios are of best times"
+    table = Table("", title=about.title, caption=caption, title_justify="left", caption_justify="left")
+    for name in (*(name for name, _ in _COLUMNS), f"{OURS} faster by"):
+        table.add_column(name, justify="right")
+    for providers in by_case(results).values():
+        table.add_row(f"[bold]{escape(what(next(iter(providers.values()))))}[/bold]")
+        ours = providers.get(OURS)
+        for name, result in providers.items():
+            if result.status != "ok":
+                table.add_row(f"  {name}: {result.status}: {escape(result.reason)}")
+                continue
+            faster = "" if name in (OURS, LIMIT) else times(speedup(ours, result))
+            table.add_row(f"  {name}", *(show(result) for _, show in _COLUMNS), faster)
+        table.add_section()
+    return table
+
+
+def print_report(results: Sequence[Result], console: Console | None = None) -> None:
+    # A pipe has no width, and a log is no place to cut figures off.
+    console = console or Console(width=None if sys.stdout.isatty() else 170)
+    for family in dict.fromkeys(result.family for result in results):
+        console.print(family_table(family, [r for r in results if r.family == family]))
+    for environment in environments(results):
+        console.print(where(environment), highlight=False, soft_wrap=True)
+
+
+# ------------------------------------------------------------------------------------------------------ Markdown
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """One row a headline case: ours, beside the limit and torch."""
+    if not any(result.headline for result in results):
+        return "No results yet: `make bench` makes them."
+    lines = [
+        f"| {OURS} | time | of the limit | {EAGER} | {COMPILED} | extra memory ({EAGER}) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for providers in by_case(r for r in results if r.headline).values():
+        first = next(iter(providers.values()))
+        ours, eager = providers.get(OURS), providers.get(EAGER)
+        title = f"{FAMILIES[first.family].title}: {what(first)}"
+        if ours is None or ours.status != "ok":
+            lines.append(f"| {title} | not measured: {ours.reason if ours else 'did not run'} | | | | |")
+            continue
+        memory = mebibytes(ours.peak_bytes) + (
+            f" ({mebibytes(eager.peak_bytes)})" if eager and eager.peak_bytes else ""
+        )
+        compiled = times(speedup(ours, providers.get(COMPILED)))
+        cells = [
+            title,
+            seconds(ours.min_s),
+            percent(ours.share_of_limit),
+            times(speedup(ours, eager)),
+            compiled,
+            memory,
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("")
+    lines += [where(environment) for environment in environments(r for r in results if r.headline)]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description="Tables and plots of benchmarks.")
+    parser.add_argument("files", nargs="*", type=Path, help="JSON lines; left out: the newest of every machine")
+    parser.add_argument("--into", type=Path, help="put the Markdown tables between this file's bench markers")
+    parser.add_argument("--plots", type=Path, help="a folder for one plot (SVG) a file")
+    options = parser.parse_args(arguments)
+    runs = {path: load(path) for path in options.files or newest_files()}
+    if options.plots:
+        from bench.plots import save_plot
+
+        for path, results in runs.items():
+            save_plot(results, options.plots / f"{path.stem}.svg")
+    if options.into:
+        tables = [markdown(results) for results in runs.values()] or [markdown([])]
+        insert_between_markers(options.into, MARKERS, "\n\n".join(tables))
+    if not options.into and not options.plots:
+        for results in runs.values():
+            print_report(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Results as JSON lines: one file a machine and day, one line a case and provider."""
+
+import dataclasses
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+import asyncopd
+from bench.cases import Case
+from bench.measure import Timing
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+# "ok" is timed; "wrong" is not, its error is kept; "unavailable" cannot run here, `reason` says why.
+Status = Literal["ok", "wrong", "unavailable"]
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """Where and with what results were measured."""
+
+    machine: str  # CPU or GPU name
+    threads: int  # of torch on the CPU
+    instruction_set: str  # best of the CPU
+    python: str
+    torch: str
+    asyncopd: str
+    commit: str  # with "-dirty" if the tree had changes
+    date: str
+    command: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One provider on one case. Times, rates and memory are None unless the status is "ok"."""
+
+    family: str
+    case: str
+    model: str
+    shape: str
+    dtype: str
+    masked: float
+    headline: bool
+    provider: str
+    status: Status
+    reason: str
+    bound: Literal["bytes", "flops"]  # which of the rates below is compared with the limit
+    rounds: int
+    median_s: float | None
+    min_s: float | None
+    gb_per_s: float | None  # the case's least bytes over the best time
+    gflop_per_s: float | None  # likewise; None where a family does no products
+    share_of_limit: float | None  # best time of the limit over best time
+    peak_bytes: int | None
+    error: float | None
+    environment: Environment
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.case, self.provider
+
+
+def make_result(
+    case: Case,
+    provider: str,
+    environment: Environment,
+    *,
+    status: Status = "ok",
+    reason: str = "",
+    timing: Timing | None = None,
+    limit: Timing | None = None,
+    peak_bytes: int | None = None,
+    error: float | None = None,
+) -> Result:
+    best = timing.best if timing else None
+    work = case.work
+    return Result(
+        family=case.family,
+        case=case.name,
+        model=case.model.name,
+        shape=case.shape,
+        dtype=str(case.dtype).removeprefix("torch."),
+        masked=case.masked,
+        headline=case.headline,
+        provider=provider,
+        status=status,
+        reason=reason,
+        bound=work.bound,
+        rounds=len(timing.seconds) if timing else 0,
+        median_s=timing.median if timing else None,
+        min_s=best,
+        gb_per_s=work.bytes / best / 1e9 if best else None,
+        gflop_per_s=work.flops / best / 1e9 if best and work.flops else None,
+        share_of_limit=limit.best / best if best and limit else None,
+        peak_bytes=peak_bytes,
+        error=error,
+        environment=environment,
+    )
+
+
+def environment(device: torch.device, command: str) -> Environment:
+    return Environment(
+        machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        threads=torch.get_num_threads(),
+        instruction_set=torch.backends.cpu.get_cpu_capability(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        asyncopd=asyncopd.__version__,
+        commit=_commit(),
+        date=datetime.date.today().isoformat(),
+        command=command,
+    )
+
+
+def default_path(e: Environment) -> Path:
+    slug = re.sub(r"[^a-z0-9]+", "-", f"{e.machine} {e.threads} threads".lower()).strip("-")
+    return RESULTS / f"{slug}-{e.date}.jsonl"
+
+
+def store(path: Path, results: Iterable[Result]) -> None:
+    """Add results to a file; those of the same case and provider are replaced, so a run can be taken up again."""
+    kept = {result.key: result for result in (load(path) if path.exists() else [])}
+    kept.update({result.key: result for result in results})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(dataclasses.asdict(result)) + "\n" for result in kept.values()))
+    partial.replace(path)
+
+
+def load(path: Path) -> list[Result]:
+    """Raises ValueError for a line that this version did not write."""
+    results = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            values = json.loads(line)
+            results.append(Result(**{**values, "environment": Environment(**values["environment"])}))
+        except (TypeError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}, line {number}: not a result of this version ({error})") from error
+    return results
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else []
+    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+@cache
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", "-C", ROOT, *arguments], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        # Results written by this very run are no change of what is measured.
+        changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,81 @@
+"""One case from inputs to results: every provider is prepared and checked, its memory taken, then all are timed."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.cases import Case
+from bench.families import FAMILIES, LIMIT, Provider, Wrong
+from bench.measure import Timing, interleave, peak_extra_bytes, release_memory
+from bench.results import Environment, Result, Status, make_result
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A provider after its first, checked call; `call` is None unless the status is "ok"."""
+
+    name: str
+    status: Status
+    reason: str = ""
+    error: float | None = None
+    call: Callable[[], object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A case's results, and the seconds of every round of the providers that were timed."""
+
+    results: tuple[Result, ...]
+    timings: dict[str, Timing]
+
+
+def prepare(provider: Provider, inputs: Any, oracle: Any) -> Prepared:
+    """Whatever goes wrong with one provider, the others are still compared: its status says what it was."""
+    try:
+        call = provider.prepare(inputs)
+        output = call()  # also the warm-up: compilers compile, libraries load
+        error = provider.check(oracle, output) if provider.check else None
+    except Wrong as wrong:
+        return Prepared(provider.name, "wrong", str(wrong))
+    except Exception as failure:
+        first_line = (str(failure).strip() or "no message").splitlines()[0]
+        return Prepared(provider.name, "unavailable", f"{type(failure).__name__}: {first_line}"[:200])
+    return Prepared(provider.name, "ok", error=error, call=call)
+
+
+def measure(
+    case: Case,
+    environment: Environment,
+    *,
+    device: torch.device,
+    providers: Iterable[Provider] | None = None,
+    rounds: int | None = None,
+    budget_s: float = 3.0,
+) -> Measured:
+    """Run a case on all providers of its family, or on those given. Wrong ones are never timed."""
+    family = FAMILIES[case.family]
+    inputs = family.inputs(case, device)
+    oracle = family.oracle(inputs)
+    prepared = [prepare(p, inputs, oracle) for p in (family.providers if providers is None else providers)]
+    calls = {p.name: p.call for p in prepared if p.call is not None}
+    peaks = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
+    timings = interleave(calls, device=device, rounds=rounds, budget_s=budget_s)
+    results = tuple(
+        make_result(
+            case,
+            p.name,
+            environment,
+            status=p.status,
+            reason=p.reason,
+            error=p.error,
+            timing=timings.get(p.name),
+            limit=timings.get(LIMIT),
+            peak_bytes=peaks.get(p.name),
+        )
+        for p in prepared
+    )
+    del calls, prepared, inputs, oracle
+    release_memory()
+    return Measured(results, timings)
