@@ -15,10 +15,7 @@ BUILD := $(VENV)/.build-stamp
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize bench lint wheel clean
-=======
-.PHONY: help setup demo test bench bench-report gates lint wheel clean
->>>>>>> refs/heads/bench
+.PHONY: help setup demo test sanitize bench bench-report gates lint wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -45,7 +42,6 @@ demo: $(BUILD) ## teacher, student and the pipeline on this machine's CPU; write
 test: $(BUILD) ## the test suite, with line coverage of asyncopd/
 	$(VENV)/bin/python -m pytest --cov=asyncopd --cov-report=term --cov-fail-under=90 $(ARGS)
 
-<<<<<<< HEAD
 # A package of its own under build/, so that the ordinary extension stays. The sanitizer has to be loaded before Python,
 # which itself never frees all it has (no leak check), and before torch, whose libraries it does not know.
 SANITIZED := $(CURDIR)/build/sanitized
