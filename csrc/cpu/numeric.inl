@@ -96,6 +96,29 @@ ASYNCOPD_INLINE float exp_scaled(float x, const Scale& scale) {
   return x < scale.smallest ? 0.0f : result;
 }
 
+// exp(x) for any x: relative error below 2e-7, exactly 0 below about 2^-125, inf above the largest float, NaN for NaN.
+ASYNCOPD_INLINE float exp_float(float x) {
+  // As above with the exponent bias less one: 2^(n - 1) is a float up to n = 128.
+  constexpr float kRound = 12582912.0f + 126.0f;
+  const float shifted = x * 1.442695041f + kRound;
+  const float n = shifted - kRound;
+  // log(2) in two parts, the first of 9 bits, so that its product with n is exact with and without FMA.
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  // Taylor series on |r| <= log(2) / 2, remainder 5e-9.
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const float result = p * from_bits(to_bits(shifted) << 23) * 2.0f;
+  const float within = x < -86.5f ? 0.0f : result;
+  return x > 88.8f ? std::numeric_limits<float>::infinity() : within;
+}
+
 // exp(x) for x <= 0 in fp64, relative error about 1e-14; exactly 0 for -inf and below -700, NaN for NaN.
 ASYNCOPD_INLINE double exp_double(double x) {
   constexpr double kRound = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 and the exponent bias, as above

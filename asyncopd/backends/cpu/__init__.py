@@ -5,12 +5,14 @@ fp32, bf16 and fp16 tensors; sums are fp32 inside a block and fp64 across blocks
 and the meaning of its namesake in the reference.
 """
 
+from asyncopd.backends.cpu.kl import kl_rows
 from asyncopd.backends.cpu.logits import gather_logprobs, gather_logprobs_backward, sample_support, topk_logprobs
 from asyncopd.backends.native import unavailable_reason
 
 __all__ = [
     "gather_logprobs",
     "gather_logprobs_backward",
+    "kl_rows",
     "sample_support",
     "topk_logprobs",
     "unavailable_reason",
