@@ -33,6 +33,7 @@ struct Problem {
   const float* proximal;
   int64_t num_ids;
   KlOptions options;
+  int32_t certain_mask;  // 1 where entries of log-weight 0 were not drawn
   bool has_cap, clips, seeks_threshold;
   float log_cap, log_low, log_high, log_proximal_cap;
   float *losses, *coef;
@@ -46,9 +47,9 @@ struct alignas(64) Group {
   float weight[kLanes], teacher[kLanes];  // w p, w q
   float omega[kLanes], value[kLanes];     // what weighs an entry in the gradient, and in the loss
   float signal[kLanes], centred[kLanes], coef[kLanes];
-  int32_t valid[kLanes], certain[kLanes], drawn[kLanes];  // 0 or 1; certain: of log-weight exactly 0
-  int32_t changed[kLanes];                                // a correction changed its gradient
-  int32_t bin[kLanes];                                    // of its ratio
+  int32_t valid[kLanes], drawn[kLanes];  // 0 or 1
+  int32_t changed[kLanes];               // a correction changed its gradient
+  int32_t bin[kLanes];                   // of its ratio
 };
 
 struct Tile {
@@ -276,6 +277,7 @@ int asyncopd_cpu_kl_rows(const float* student, const float* teacher, const float
   problem.proximal = proximal;
   problem.num_ids = num_ids;
   problem.options = *options;
+  problem.certain_mask = options->head_is_certain ? 1 : 0;
   problem.has_cap = !std::isnan(options->ratio_cap);
   problem.log_cap = log_or_infinity(options->ratio_cap);
   problem.log_proximal_cap = log_or_infinity(options->proximal_cap);

@@ -9,35 +9,68 @@
 #include "kl_reverse.inl"
 #include "kl_divergence.inl"
 
+// Lanes of counts, taken while an entry is in registers.
+struct Tally {
+  int32_t valid[kLanes], certain[kLanes];
+};
+
+// The inputs from some entry on.
 template <typename Id>
-ASYNCOPD_INLINE void load_entry(const Problem& problem, const Id* ids, bool row_counts, int64_t from, Group& g, int l) {
-  const bool valid = row_counts & (ids[from] >= 0);
-  const float log_w = problem.log_w[from], log_p = problem.student[from], log_q = problem.teacher[from];
-  g.log_w[l] = valid ? log_w : -kInf;
-  g.log_p[l] = valid ? log_p : -kInf;
-  g.log_q[l] = valid ? log_q : 0.0f;
-  g.valid[l] = valid;
-  g.certain[l] = static_cast<int32_t>(valid & (log_w == 0.0f));
+struct Source {
+  const float *__restrict log_p, *__restrict log_q, *__restrict log_w;
+  const Id* __restrict ids;
+};
+
+template <typename Id>
+ASYNCOPD_INLINE Source<Id> source(const Problem& problem, int64_t from) {
+  return Source<Id>{problem.student + from, problem.teacher + from, problem.log_w + from,
+                    static_cast<const Id*>(problem.ids) + from};
+}
+
+template <typename Id>
+ASYNCOPD_INLINE void load_entry(const Source<Id>& in, int64_t i, bool row_counts, int32_t certain_mask,
+                                Group* __restrict g, int l, Tally* __restrict tally) {
+  const bool valid = row_counts & (in.ids[i] >= 0);
+  const float log_w = in.log_w[i], log_p = in.log_p[i], log_q = in.log_q[i];
+  const int32_t there = valid;
+  const int32_t certain = valid & (log_w == 0.0f);
+  g->log_w[l] = valid ? log_w : -kInf;
+  g->log_p[l] = valid ? log_p : -kInf;
+  g->log_q[l] = valid ? log_q : 0.0f;
+  g->valid[l] = there;
+  g->drawn[l] = there & ~(certain & certain_mask);
+  tally->valid[l] += there;
+  tally->certain[l] += certain;
+}
+
+// Separate functions, because __restrict on parameters is what tells the compiler that nothing overlaps.
+template <typename Id>
+ASYNCOPD_INLINE void load_group(const float* __restrict log_p, const float* __restrict log_q,
+                                const float* __restrict log_w, const Id* __restrict ids, int32_t certain_mask,
+                                Group* __restrict g, Tally* __restrict tally) {
+  const Source<Id> in{log_p, log_q, log_w, ids};
+  for (int l = 0; l < kLanes; ++l) load_entry(in, l, true, certain_mask, g, l, tally);
 }
 
 ASYNCOPD_INLINE void load_nothing(Group& g, int l) {
   g.log_w[l] = g.log_p[l] = -kInf;
   g.log_q[l] = g.proximal[l] = 0.0f;
-  g.valid[l] = g.certain[l] = 0;
+  g.valid[l] = g.drawn[l] = 0;
 }
 
 ASYNCOPD_INLINE bool counts(const Problem& problem, int64_t n) { return problem.mask == nullptr || problem.mask[n]; }
 
 // Rows n .. n + kRows - 1, those from `rows` on as if masked.
 template <int kRows, typename Id>
-void load(const Problem& problem, int64_t n, int64_t rows, const Tile& t) {
-  const Id* ids = static_cast<const Id*>(problem.ids);
+ASYNCOPD_INLINE void load(const Problem& problem, int64_t n, int64_t rows, const Tile& t, Tally& tally) {
   const int64_t width = problem.num_ids;
+  const int32_t certain_mask = problem.certain_mask;
   if (kRows == 1) {
     int64_t from = n * width;
     Group* g = t.begin;
     for (; from + kLanes <= (n + 1) * width; from += kLanes, ++g) {
-      for (int l = 0; l < kLanes; ++l) load_entry(problem, ids, true, from + l, *g, l);
+      const Source<Id> in = source<Id>(problem, from);
+      load_group(in.log_p, in.log_q, in.log_w, in.ids, certain_mask, g, &tally);
       if (problem.proximal != nullptr) {
         for (int l = 0; l < kLanes; ++l) g->proximal[l] = problem.proximal[from + l];
       }
@@ -45,7 +78,7 @@ void load(const Problem& problem, int64_t n, int64_t rows, const Tile& t) {
     if (g == t.end) return;
     const int left = static_cast<int>((n + 1) * width - from);
     for (int l = 0; l < left; ++l) {
-      load_entry(problem, ids, true, from + l, *g, l);
+      load_entry(source<Id>(problem, from), l, true, certain_mask, g, l, &tally);
       g->proximal[l] = problem.proximal == nullptr ? 0.0f : problem.proximal[from + l];
     }
     for (int l = left; l < kLanes; ++l) load_nothing(*g, l);
@@ -59,7 +92,7 @@ void load(const Problem& problem, int64_t n, int64_t rows, const Tile& t) {
         continue;
       }
       const int64_t from = (n + r) * width + k;
-      load_entry(problem, ids, counts(problem, n + r), from, g, r);
+      load_entry(source<Id>(problem, from), 0, counts(problem, n + r), certain_mask, &g, r, &tally);
       g.proximal[r] = problem.proximal == nullptr ? 0.0f : problem.proximal[from];
     }
   }
@@ -89,26 +122,17 @@ struct Counts {
 };
 
 template <int kRows>
-Counts count(const Problem& problem, const Tile& t, Totals& totals) {
-  int32_t valid[kLanes] = {}, certain[kLanes] = {};
-  const int32_t certainly = problem.options.head_is_certain ? 1 : 0;
-  for (Group* g = t.begin; g < t.end; ++g) {
-    for (int l = 0; l < kLanes; ++l) {
-      valid[l] += g->valid[l];
-      certain[l] += g->certain[l];
-      g->drawn[l] = g->valid[l] - (g->certain[l] & -certainly);
-    }
-  }
-  Counts out{};
-  int64_t certain_entries[kLanes];
-  count_by_row<kRows>(valid, out.entries);
-  count_by_row<kRows>(certain, certain_entries);
+ASYNCOPD_INLINE Counts count(const Problem& problem, const Tally& tally, Totals& totals) {
+  Counts out;
+  int64_t certain[kLanes];
+  count_by_row<kRows>(tally.valid, out.entries);
+  count_by_row<kRows>(tally.certain, certain);
   for (int r = 0; r < kRows; ++r) {
-    out.drawn[r] = out.entries[r] - certainly * certain_entries[r];
+    out.drawn[r] = out.entries[r] - (problem.options.head_is_certain ? certain[r] : 0);
     totals.rows += out.entries[r] > 0;
-    totals.rows_without_certain += out.entries[r] > 0 && certain_entries[r] == 0;
+    totals.rows_without_certain += (out.entries[r] > 0) & (certain[r] == 0);
     totals.entries += out.entries[r];
-    totals.certain += certain_entries[r];
+    totals.certain += certain[r];
     totals.drawn += out.drawn[r];
   }
   return out;
@@ -197,8 +221,9 @@ void kl_rows(const Problem& problem, const Tile& t, int64_t* histogram, int64_t 
       for (int64_t k = 0; k < problem.num_ids; ++k) problem.coef[n * problem.num_ids + k] = nothing;
       continue;
     }
-    load<kRows, Id>(problem, n, end, t);
-    const Counts counts = count<kRows>(problem, t, totals);
+    Tally tally{};
+    load<kRows, Id>(problem, n, end, t, tally);
+    const Counts counts = count<kRows>(problem, tally, totals);
     PerRow<kRows> losses;
     if (problem.options.divergence == kForward) {
       losses = forward_rows<kRows>(problem, t, counts.entries);

@@ -16,7 +16,9 @@ void weigh(const Problem& problem, const Tile& t) {
       g->weight[l] = weight;
       g->teacher[l] = exp_float(g->log_w[l] + g->log_q[l]);
       g->omega[l] = weight;
-      g->signal[l] = log_ratio(g->log_p[l], g->log_q[l]);
+      const float signal = log_ratio(g->log_p[l], g->log_q[l]);
+      g->signal[l] = signal;
+      g->centred[l] = signal == kInf ? 0.0f : signal;
       g->changed[l] = 0;
     }
   }
@@ -187,7 +189,8 @@ template <int kRows>
 PerRow<kRows> reverse_rows(const Problem& problem, const Tile& t, const int64_t* entries, const int64_t* drawn) {
   weigh<kRows>(problem, t);
   if (problem.options.needs_policy) apply_policy<kRows>(problem, t, entries);
-  centre<kRows>(problem, t, drawn);
+  // Without either, A is centred already.
+  if (problem.options.needs_policy || problem.options.baseline != kNoBaseline) centre<kRows>(problem, t, drawn);
   if (problem.seeks_threshold) {
     second_moments(problem, t);
     return PerRow<kRows>{};

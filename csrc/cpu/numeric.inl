@@ -105,16 +105,15 @@ ASYNCOPD_INLINE float exp_float(float x) {
   // log(2) in two parts, the first of 9 bits, so that its product with n is exact with and without FMA.
   float r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  // Taylor series on |r| <= log(2) / 2, remainder 5e-9.
-  float p = 1.0f / 5040.0f;
-  p = p * r + 1.0f / 720.0f;
-  p = p * r + 1.0f / 120.0f;
-  p = p * r + 1.0f / 24.0f;
-  p = p * r + 1.0f / 6.0f;
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const float result = p * from_bits(to_bits(shifted) << 23) * 2.0f;
+  // 2 e^r on |r| <= log(2) / 2: 2 + 2 r + r^2 q(r), q minimax; relative error 3e-9 before rounding.
+  float p = 2.0f * 0.0013814539415761828f;
+  p = p * r + 2.0f * 0.00836874544620514f;
+  p = p * r + 2.0f * 0.04166838899254799f;
+  p = p * r + 2.0f * 0.1666652113199234f;
+  p = p * r + 2.0f * 0.4999999403953552f;
+  p = p * r + 2.0f;
+  p = p * r + 2.0f;
+  const float result = p * from_bits(to_bits(shifted) << 23);
   const float within = x < -86.5f ? 0.0f : result;
   return x > 88.8f ? std::numeric_limits<float>::infinity() : within;
 }
