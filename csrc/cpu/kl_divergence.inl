@@ -28,6 +28,7 @@ inline void weigh_plainly(const Tile& t) {
       g->weight[l] = exp_float(g->log_w[l] + g->log_p[l]);
       g->teacher[l] = exp_float(g->log_w[l] + g->log_q[l]);
       g->changed[l] = 0;
+      g->signal[l] = g->log_p[l];  // as it was given
       // From here on the teacher has no mass where there is no entry.
       g->log_q[l] = g->valid[l] ? g->log_q[l] : -kInf;
     }
@@ -109,8 +110,9 @@ PerRow<kRows> forward_rows(const Problem& problem, const Tile& t, const int64_t*
       // The weights of a tail's entries are 1.
       const float omega = tail == kDrop ? g->teacher[l] : exp_float(log_q);
       loss[l] += omega == 0.0f ? 0.0f : omega * log_ratio(log_q, log_p);
-      kept[l] += log_p == -kInf ? 0.0f : omega;
-      g->omega[l] = omega;
+      const float reachable = log_p == -kInf ? 0.0f : omega;
+      kept[l] += reachable;
+      g->omega[l] = reachable;
     }
   }
   if (tail == kRenormalize) {
@@ -125,7 +127,7 @@ PerRow<kRows> forward_rows(const Problem& problem, const Tile& t, const int64_t*
     for (int l = 0; l < kLanes; ++l) {
       const float pushed = tail == kDrop ? 0.0f : exp_float(g->log_p[l] + log_factors[l]);
       // A probability of 0 has no gradient to follow; pads and masked rows have it too.
-      g->coef[l] = g->log_p[l] == -kInf ? 0.0f : pushed - g->omega[l] * slopes[l];
+      g->coef[l] = g->signal[l] == -kInf ? 0.0f : pushed - g->omega[l] * slopes[l];
     }
   }
   return finished<kRows>(loss, rest, entries);

@@ -76,50 +76,47 @@ void centre(const Problem& problem, const Tile& t, const int64_t* drawn) {
     }
     return;
   }
-  float mass[kLanes] = {}, terms[kLanes] = {}, drawn_terms[kLanes] = {};
+  float mass[kLanes] = {}, terms[kLanes] = {}, drawn_terms[kLanes] = {}, certain_terms[kLanes] = {};
   for (Group* g = t.begin; g < t.end; ++g) {
     for (int l = 0; l < kLanes; ++l) {
       const bool infinite = g->signal[l] == kInf;
       const float omega = infinite ? 0.0f : g->omega[l];
       const float term = omega * (infinite ? 0.0f : g->signal[l]);
+      const float is_drawn = static_cast<float>(g->drawn[l]);
       mass[l] += omega;
       terms[l] += term;
-      drawn_terms[l] += g->drawn[l] ? term : 0.0f;
+      // Products, so that a term that is no number spoils both sums, as it should.
+      drawn_terms[l] += term * is_drawn;
+      certain_terms[l] += term * (1.0f - is_drawn);
     }
   }
-  const PerRow<kRows> total = by_row<kRows>(mass), sum = by_row<kRows>(terms), sampled = by_row<kRows>(drawn_terms);
-  PerRow<kRows> base, factor;  // b = base; for a drawn entry with "loo", b = base + factor (sampled - its term)
+  // "mean": every b is `all`. "loo": that of a drawn entry is certain + factor (sampled - its term).
+  const PerRow<kRows> total = by_row<kRows>(mass), sum = by_row<kRows>(terms);
+  const PerRow<kRows> sampled = by_row<kRows>(drawn_terms), certain = by_row<kRows>(certain_terms);
+  PerRow<kRows> all, factor, single;
   for (int r = 0; r < kRows; ++r) {
+    const double mean = total.at[r] > 0.0 ? sum.at[r] / total.at[r] : 0.0;
+    all.at[r] = kind == kLeaveOneOut ? sum.at[r] : mean;
     const double count = static_cast<double>(drawn[r]);
-    base.at[r] = kind == kMean ? (total.at[r] > 0.0 ? sum.at[r] / total.at[r] : 0.0) : sum.at[r];
     factor.at[r] = count > 1.0 ? count / (count - 1.0) : 1.0;
     // A single draw has no others to estimate from.
-    if (kind == kLeaveOneOut && count == 1.0) base.at[r] = 0.0;
+    single.at[r] = kind == kLeaveOneOut && drawn[r] == 1 ? 1.0 : 0.0;
   }
-  float b[kLanes], scale[kLanes], certain_b[kLanes], own[kLanes];
-  spread(base, b);
-  if (kind == kLeaveOneOut) {
-    // b_i = certain + factor (sampled - term_i), rearranged: what all drawn entries share, and their own part.
-    PerRow<kRows> shared;
-    for (int r = 0; r < kRows; ++r) {
-      const bool single = drawn[r] == 1;
-      shared.at[r] = single ? 0.0 : sum.at[r] + (factor.at[r] - 1.0) * sampled.at[r];
-      factor.at[r] = single ? 0.0 : factor.at[r];
-    }
-    spread(base, certain_b);
-    spread(shared, own);
-    spread(factor, scale);
-  }
+  float all_b[kLanes], certain_b[kLanes], others[kLanes], scale[kLanes], none[kLanes];
+  spread(all, all_b);
+  spread(certain, certain_b);
+  spread(sampled, others);
+  spread(factor, scale);
+  spread(single, none);
   for (Group* g = t.begin; g < t.end; ++g) {
     for (int l = 0; l < kLanes; ++l) {
       const bool infinite = g->signal[l] == kInf;
       const float signal = infinite ? 0.0f : g->signal[l];
-      float baseline = b[l];
-      if (kind == kLeaveOneOut) {
-        const float term = (infinite ? 0.0f : g->omega[l]) * signal;
-        baseline = g->drawn[l] ? own[l] - scale[l] * term : certain_b[l];
-      }
-      g->centred[l] = infinite ? 0.0f : signal - baseline;
+      const float term = (infinite ? 0.0f : g->omega[l]) * signal;
+      const float left_out = certain_b[l] + scale[l] * (others[l] - term);
+      float b = (kind == kLeaveOneOut) & (g->drawn[l] != 0) ? left_out : all_b[l];
+      b = none[l] != 0.0f ? 0.0f : b;
+      g->centred[l] = infinite ? 0.0f : signal - b;
       g->changed[l] = infinite ? 0 : g->changed[l];
     }
   }
