@@ -171,8 +171,8 @@ uint32_t bits_of(float value) {
   return bits;
 }
 
-// tau^2 with sum over the bindable d of min(d, tau^2) = budget times their number; infinity where all of them are within
-// the budget. The sum is increasing in tau^2: the bin of the root is found from the first pass's histogram, then the
+// tau^2 with sum over the bindable d of min(d, tau^2) = budget times their number; infinity where all of them are
+// within the budget. The sum is increasing in tau^2: the bin of the root is found from the first pass's histogram, then the
 // root among that bin's values by a histogram of their lower 16 bits. Integers until the end, hence no order of sums.
 double second_moment_threshold(const Scratches& scratches, const float* d, int64_t size, double budget, int threads) {
   int64_t count = 0;
@@ -264,7 +264,8 @@ int asyncopd_cpu_kl_rows(const float* student, const float* teacher, const float
   // A lane counts its entries in 32 bits.
   if (isa < 0 || (id_type != kInt32 && id_type != kInt64) || num_ids > INT32_MAX) return kBadArgument;
   const bool clipped = !std::isnan(options->clip_eps), budgeted = !std::isnan(options->m2_budget);
-  const bool corrects = clipped || budgeted || proximal != nullptr || options->behaviour || !std::isnan(options->ratio_cap);
+  const bool capped = !std::isnan(options->ratio_cap);
+  const bool corrects = clipped || budgeted || capped || proximal != nullptr || options->behaviour;
   const bool scored = options->divergence == kReverse && options->tail == kDrop;
   if (corrects && !(scored && options->needs_policy)) return kBadArgument;
 

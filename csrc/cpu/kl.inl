@@ -1,5 +1,5 @@
-// The [N, K] loss kernel, one tile at a time: load, divergence, metrics, store. Included once per instruction set by kl.cpp;
-// see isa.h for the rules.
+// The [N, K] loss kernel, one tile at a time: load, divergence, metrics, store. Included once per instruction set by
+// kl.cpp; see isa.h for the rules.
 //
 // 20 bytes an entry are read (with int64 ids) and 4 written, once; everything in between is in a tile of a few KiB.
 

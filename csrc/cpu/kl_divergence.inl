@@ -86,7 +86,8 @@ PerRow<kRows> true_reverse_rows(const Problem& problem, const Tile& t, const int
   return finished<kRows>(loss, rest, entries);
 }
 
-// coef = factor exp(log_p) - slope omega: (0, 1) with "drop", (Q'/P', 1) with "bucket", (1, 1 / kept mass) renormalised.
+// coef = factor exp(log_p) - slope omega: (0, 1) with "drop", (Q'/P', 1) with "bucket", (1, 1 / kept mass)
+// renormalised.
 template <int kRows>
 PerRow<kRows> forward_rows(const Problem& problem, const Tile& t, const int64_t* entries) {
   weigh_plainly(t);

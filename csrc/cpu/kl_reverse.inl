@@ -1,5 +1,5 @@
-// Reverse KL as a score function, tail "drop": c = omega (A - b), omega = w p or its corrected form. Each correction is a
-// pass of its own over a tile in cache; the usual loss makes two.
+// Reverse KL as a score function, tail "drop": c = omega (A - b), omega = w p or its corrected form. Each correction
+// is a pass of its own over a tile in cache; the usual loss makes two.
 
 // weight = omega = w p, teacher = w q and signal = A under the current student.
 template <int kRows>

@@ -24,6 +24,7 @@ from asyncopd import (
     topk_logprobs,
 )
 from asyncopd.backends import reference
+from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference import rows
 
 INF = float("inf")
@@ -176,14 +177,17 @@ def test_item_on_the_hot_path(rng: torch.Generator) -> None:
     reference.sample_support(meta(4, 9), 3, 2, 0, streams, streams, 1.0)
     scores = (meta(4, 3), meta(4, 3), meta(4, 3), ids)
     for normalize, baseline in itertools.product(("exact", "sampled"), ("none", "mean", "loo")):
-        for correction in (("current", None, None, None), ("behavior", 2.0, None, None), ("current", None, 0.2, None),
-                           ("current", None, None, 0.04)):  # fmt: skip
-            for proximal in (None, meta(4, 3)) if correction[2] else (None,):
-                options = (normalize, "drop", baseline, False, True, *correction, proximal, 5.0)
-                reference.reverse_kl(*scores, mask, *options)
-    for tail in ("drop", "bucket", "renormalize"):
-        reference.reverse_kl(*scores, mask, "exact", tail, "none", True, False, "current", None, None, None, None, 5.0)
-        reference.forward_kl(*scores, mask, tail)
+        corrections: list[dict[str, Any]] = [
+            {}, {"advantage": "behavior", "ratio_cap": 2.0}, {"clip_eps": 0.2}, {"m2_budget": 0.04}
+        ]  # fmt: skip
+        for correction in corrections:
+            spec = LossSpec(
+                normalize=normalize, baseline=baseline, needs_policy=True, head_is_certain=False, **correction
+            )
+            for proximal in (None, meta(4, 3)) if spec.clip_eps else (None,):
+                reference.kl_rows(*scores, mask, proximal, spec)
+    for divergence, tail in itertools.product(("reverse", "forward"), ("drop", "bucket", "renormalize")):
+        reference.kl_rows(*scores, mask, None, LossSpec(divergence=divergence, tail=tail))
 
 
 def test_item_on_the_hot_path_of_the_public_functions() -> None:
