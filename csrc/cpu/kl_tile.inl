@@ -1,8 +1,8 @@
 // What the loss kernel works on: a tile that holds one row, or kLanes short rows side by side.
 //
 // With kRows = 1 entry k is in lane k % kLanes of group k / kLanes, and the lanes of a sum are folded; with
-// kRows = kLanes entry k of row r is in lane r of group k, and each lane of a sum is a row's. Everything between a sum and
-// a spread is the same code for both,
+// kRows = kLanes entry k of row r is in lane r of group k, and each lane of a sum is a row's. Everything between a sum
+// and a spread is the same code for both,
 // and K = 1 fills the lanes as well as K = 64 does. Padding is not valid.
 
 using Field = float (Group::*)[kLanes];
