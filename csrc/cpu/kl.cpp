@@ -173,7 +173,7 @@ uint32_t bits_of(float value) {
 
 // tau^2 with sum over the bindable d of min(d, tau^2) = budget times their number; infinity where all of them are
 // within the budget. The sum is increasing in tau^2: the bin of the root is found from the first pass's histogram, then
-// the root among that bin's values by a histogram of their lower 16 bits. Integers until the end, hence no order of sums.
+// the root among that bin's values by a histogram of their lower 16 bits. Integers until the end: sums have no order.
 double second_moment_threshold(const Scratches& scratches, const float* d, int64_t size, double budget, int threads) {
   int64_t count = 0;
   for (int64_t b = 0; b < kBins; ++b) count += scratches.bin(0, b);
