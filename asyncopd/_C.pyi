@@ -134,6 +134,34 @@ def cpu_linear_gather_logits_backward(
     threads: int,
     isa: int = -1,
 ) -> int: ...
+def cpu_kl_rows(
+    *,
+    student: int,
+    teacher: int,
+    log_weights: int,
+    ids: int,
+    id_type: int,
+    mask: int,
+    proximal: int,
+    rows: int,
+    num_ids: int,
+    divergence: int,
+    tail: int,
+    baseline: int,
+    sampled: bool,
+    head_is_certain: bool,
+    needs_policy: bool,
+    behaviour: bool,
+    ratio_cap: float,
+    clip_eps: float,
+    m2_budget: float,
+    proximal_cap: float,
+    losses: int,
+    coef: int,
+    metrics: int,
+    threads: int,
+    isa: int = -1,
+) -> int: ...
 
 # Only where `cuda` is true.
 def cuda_gather_logprobs(

@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/pages.h"
 #include "cpu/sparse_head.h"
+#include "cpu/kl.h"
 #include "cpu/support.h"
 #ifdef ASYNCOPD_WITH_CUDA
 #include "cuda/gather.h"
@@ -87,6 +88,19 @@ int cpu_linear_gather_logits_backward(uintptr_t grad, uintptr_t logits, uintptr_
       isa);
 }
 
+int cpu_kl_rows(uintptr_t student, uintptr_t teacher, uintptr_t log_weights, uintptr_t ids, int id_type, uintptr_t mask,
+                uintptr_t proximal, int64_t rows, int64_t num_ids, int divergence, int tail, int baseline, bool sampled,
+                bool head_is_certain, bool needs_policy, bool behaviour, double ratio_cap, double clip_eps,
+                double m2_budget, double proximal_cap, uintptr_t losses, uintptr_t coef, uintptr_t metrics, int threads,
+                int isa) {
+  const KlOptions options{divergence, tail,      baseline, sampled,   head_is_certain, needs_policy,
+                          behaviour,  ratio_cap, clip_eps, m2_budget, proximal_cap};
+  return asyncopd_cpu_kl_rows(pointer<float>(student), pointer<float>(teacher), pointer<float>(log_weights),
+                              pointer<void>(ids), id_type, pointer<uint8_t>(mask), pointer<float>(proximal), rows,
+                              num_ids, &options, pointer<float>(losses), pointer<float>(coef), pointer<float>(metrics),
+                              threads, isa);
+}
+
 py::list cpu_isas() {
   py::list names;
   for (int isa = 0; asyncopd_cpu_isa_name(isa) != nullptr; ++isa) names.append(asyncopd_cpu_isa_name(isa));
@@ -155,6 +169,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("id_type"), py::arg("mask"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("num_ids"),
         py::arg("temperature"), py::arg("logit_scale"), py::arg("softcap"), py::arg("dhidden"), py::arg("dweight"),
         py::arg("dbias"), py::arg("threads"), py::arg("isa") = -1);
+  m.def("cpu_kl_rows", &cpu_kl_rows, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("student"),
+        py::arg("teacher"), py::arg("log_weights"), py::arg("ids"), py::arg("id_type"), py::arg("mask"),
+        py::arg("proximal"), py::arg("rows"), py::arg("num_ids"), py::arg("divergence"), py::arg("tail"),
+        py::arg("baseline"), py::arg("sampled"), py::arg("head_is_certain"), py::arg("needs_policy"),
+        py::arg("behaviour"), py::arg("ratio_cap"), py::arg("clip_eps"), py::arg("m2_budget"), py::arg("proximal_cap"),
+        py::arg("losses"), py::arg("coef"), py::arg("metrics"), py::arg("threads"), py::arg("isa") = -1);
 #ifdef ASYNCOPD_WITH_CUDA
   m.attr("cuda") = true;
   m.def("cuda_gather_logprobs", &cuda_gather_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),

@@ -60,6 +60,24 @@ SPEC_SCHEMA = (
 SPEC_FIELDS = tuple(argument.split()[-1] for argument in SPEC_SCHEMA.split(","))
 
 
+# What the data itself rules out, in the same words whichever backend finds out.
+
+
+def sampled_support_error(tail: str) -> ValueError:
+    return ValueError(
+        f"tail: got {tail!r} with a sampled support (log_weights other than 0), expected 'drop'; "
+        "'bucket' and 'renormalize' are for top-k supports"
+    )
+
+
+def no_policy_error() -> ValueError:
+    return ValueError(
+        "correction: needs the behaviour policy, which only M-sample supports carry in their log_weights; "
+        "every row of this support has entries of log-weight 0 (top-k or head + tail). "
+        "If these are samples, say so: Support(..., draw='samples')"
+    )
+
+
 class LossMetrics(NamedTuple):
     """How a support fared, as scalars (fp32; fp64 for fp64) without gradient.
 

@@ -12,7 +12,7 @@ except ImportError as error:  # a checkout that was never built, or built for an
 # csrc/cpu/codes.h
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 ID_TYPE_CODES = {torch.int32: 0, torch.int64: 1}
-OK, BAD_ID = 0, 1
+OK, BAD_ID, SAMPLED_SUPPORT, NO_POLICY = 0, 1, 3, 4
 
 
 def unavailable_reason() -> str | None:

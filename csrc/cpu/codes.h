@@ -6,7 +6,7 @@ namespace asyncopd {
 enum DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 enum IdType : int { kInt32 = 0, kInt64 = 1 };
 
-// What a launcher returns. CUDA launchers return the negative of a cudaError_t instead of the last two.
-enum Status : int { kOk = 0, kBadId = 1, kBadArgument = 2 };
+// What a launcher returns. CUDA launchers return the negative of a cudaError_t instead of kBadId and kBadArgument.
+enum Status : int { kOk = 0, kBadId = 1, kBadArgument = 2, kSampledSupport = 3, kNoPolicy = 4 };
 
 }  // namespace asyncopd

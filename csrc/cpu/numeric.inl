@@ -96,6 +96,28 @@ ASYNCOPD_INLINE float exp_scaled(float x, const Scale& scale) {
   return x < scale.smallest ? 0.0f : result;
 }
 
+// exp(x) for any x: relative error below 2e-7, exactly 0 below about 2^-125, inf above the largest float, NaN for NaN.
+ASYNCOPD_INLINE float exp_float(float x) {
+  // As above with the exponent bias less one: 2^(n - 1) is a float up to n = 128.
+  constexpr float kRound = 12582912.0f + 126.0f;
+  const float shifted = x * 1.442695041f + kRound;
+  const float n = shifted - kRound;
+  // log(2) in two parts, the first of 9 bits, so that its product with n is exact with and without FMA.
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  // 2 e^r on |r| <= log(2) / 2: 2 + 2 r + r^2 q(r), q minimax; relative error 3e-9 before rounding.
+  float p = 2.0f * 0.0013814539415761828f;
+  p = p * r + 2.0f * 0.00836874544620514f;
+  p = p * r + 2.0f * 0.04166838899254799f;
+  p = p * r + 2.0f * 0.1666652113199234f;
+  p = p * r + 2.0f * 0.4999999403953552f;
+  p = p * r + 2.0f;
+  p = p * r + 2.0f;
+  const float result = p * from_bits(to_bits(shifted) << 23);
+  const float within = x < -86.5f ? 0.0f : result;
+  return x > 88.8f ? std::numeric_limits<float>::infinity() : within;
+}
+
 // exp(x) for x <= 0 in fp64, relative error about 1e-14; exactly 0 for -inf and below -700, NaN for NaN.
 ASYNCOPD_INLINE double exp_double(double x) {
   constexpr double kRound = 6755399441055744.0 + 1023.0;  // 1.5 * 2^52 and the exponent bias, as above

@@ -154,7 +154,7 @@ def test_options_reach_the_loss(student: PreTrainedModel, teacher: PreTrainedMod
 
 def test_metrics_are_means_over_the_tokens_of_all_packs(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
     slot, _ = scored_slot(student, teacher, "samples", 5, 0)
-    one, many = (make_learner(make_model(0), "samples", packed).step([(slot, list(range(7)))]) for packed in (1000, 25))
+    one, many = (make_learner(make_model(7), "samples", packed).step([(slot, list(range(7)))]) for packed in (1000, 25))
     for name in ("student_mass", "teacher_mass", "ess", "coef_sum", "ratio_mean", "clip_fraction"):
         assert many[f"loss/{name}"] == pytest.approx(one[f"loss/{name}"], rel=1e-4, abs=1e-6), name
     assert one["loss/ratio_p99"] > one["loss/ratio_mean"] > 0

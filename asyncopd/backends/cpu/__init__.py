@@ -13,6 +13,7 @@ from asyncopd.backends.cpu.head import (
     linear_topk_logprobs,
 )
 from asyncopd.backends.cpu.head_loss import linear_kl
+from asyncopd.backends.cpu.kl import kl_rows
 from asyncopd.backends.cpu.logits import gather_logprobs, gather_logprobs_backward, sample_support, topk_logprobs
 from asyncopd.backends.cpu.sparse_head import linear_gather_logits, linear_gather_logits_backward
 from asyncopd.backends.native import unavailable_reason
@@ -20,6 +21,7 @@ from asyncopd.backends.native import unavailable_reason
 __all__ = [
     "gather_logprobs",
     "gather_logprobs_backward",
+    "kl_rows",
     "linear_gather_logits",
     "linear_gather_logits_backward",
     "linear_gather_logprobs",

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from asyncopd.backends.loss_spec import LossSpec
+from asyncopd.backends.loss_spec import LossSpec, no_policy_error, sampled_support_error
 from asyncopd.backends.reference.kl_metrics import loss_metrics
 from asyncopd.backends.reference.rows import compute_dtype
 
@@ -209,17 +209,10 @@ def _check_weights(t: _Terms, tail: str, needs_policy: bool) -> None:
     """Refuse supports that the options cannot be applied to. Reads the data, so on a CPU only (see `Support.draw`)."""
     certain = t.valid & (t.log_w == 0)
     if tail != "drop" and bool((t.valid & ~certain).any()):
-        raise ValueError(
-            f"tail: got {tail!r} with a sampled support (log_weights other than 0), expected 'drop'; "
-            "'bucket' and 'renormalize' are for top-k supports"
-        )
+        raise sampled_support_error(tail)
     used = t.valid.any(dim=1)
     if needs_policy and bool(used.any()) and bool(certain.any(dim=1)[used].all()):
-        raise ValueError(
-            "correction: needs the behaviour policy, which only M-sample supports carry in their log_weights; "
-            "every row of this support has entries of log-weight 0 (top-k or head + tail). "
-            "If these are samples, say so: Support(..., draw='samples')"
-        )
+        raise no_policy_error()
 
 
 def _true_reverse_kl(t: _Terms, tail: str) -> tuple[Tensor, Tensor]:
