@@ -10,4 +10,5 @@
     gates       ratios that must not be lost
 
 `make bench` runs test_suite.py and prints the report; `make gates` runs test_gates.py, as continuous integration does.
+Everything but the gates takes a device: on a GPU, `run.measure(case, ..., device=...)` for the cases of size "gpu".
 """

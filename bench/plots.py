@@ -10,7 +10,7 @@ mpl.rcParams["svg.hashsalt"] = "asyncopd"  # the same results give the same file
 from matplotlib import pyplot as plt  # noqa: E402
 
 from bench.families import FAMILIES, LIMIT, OURS  # noqa: E402
-from bench.report import by_case, environments, what, where  # noqa: E402
+from bench.report import by_case, environments, what  # noqa: E402
 from bench.results import Result  # noqa: E402
 
 
@@ -40,7 +40,7 @@ def save_plot(results: Sequence[Result], path: Path) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     if labelled:
         figure.legend(fontsize=8, loc="outside lower center", ncols=len(labelled))
-    axes.set_title("\n".join(where(e).rsplit("; ", 1)[0] for e in environments(results)), fontsize=7)
+    axes.set_title("\n".join(environments(results)), fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

@@ -79,12 +79,16 @@ def what(result: Result) -> str:
 def where(e: Environment) -> str:
     return (
         f"{e.machine}, {e.threads} threads, {e.instruction_set}; Python {e.python}, torch {e.torch}, "
-        f"asyncopd {e.asyncopd} at {e.commit}; {e.date}; {e.command}"
+        f"asyncopd {e.asyncopd} at {e.commit}; {e.date}"
     )
 
 
-def environments(results: Iterable[Result]) -> list[Environment]:
-    return list(dict.fromkeys(result.environment for result in results))
+def environments(results: Iterable[Result]) -> dict[str, list[str]]:
+    """The commands of every machine and state of the code: a run taken up again has several."""
+    commands: dict[str, list[str]] = {}
+    for e in dict.fromkeys(result.environment for result in results):
+        commands.setdefault(where(e), []).append(e.command)
+    return commands
 
 
 # -------------------------------------------------------------------------------------------------- the terminal
@@ -124,8 +128,8 @@ def print_report(results: Sequence[Result], console: Console | None = None) -> N
     console = console or Console(width=None if sys.stdout.isatty() else 170)
     for family in dict.fromkeys(result.family for result in results):
         console.print(family_table(family, [r for r in results if r.family == family]))
-    for environment in environments(results):
-        console.print(where(environment), highlight=False, soft_wrap=True)
+    for environment, commands in environments(results).items():
+        console.print("\n  ".join([environment, *commands]), highlight=False, markup=False, soft_wrap=True)
 
 
 # ------------------------------------------------------------------------------------------------------ Markdown
@@ -160,7 +164,7 @@ def markdown(results: Sequence[Result]) -> str:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    lines += [where(environment) for environment in environments(r for r in results if r.headline)]
+    lines += environments(r for r in results if r.headline)
     return "\n".join(lines)
 
 

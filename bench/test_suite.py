@@ -38,7 +38,7 @@ def measured(request: pytest.FixtureRequest) -> Callable[[Case], Measured]:
     return of
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("case", "provider"),
     [

@@ -108,6 +108,7 @@ def test_terminal_tables(run: tuple[Result, ...]) -> None:
     assert "shifted: wrong: log-probabilities off by" in text
     assert "tiny N=21 V=403 K=8 float32" in text
     assert "a machine, 1 threads, AVX2" in text
+    assert "\n  a command" in text
 
 
 def by_hand(run: tuple[Result, ...], **best: float) -> list[Result]:
@@ -124,7 +125,9 @@ def test_markdown_has_one_row_a_headline_case(run: tuple[Result, ...]) -> None:
     text = markdown([*timed, compiled])
     title = "LSE + top-K log-probabilities from logits: tiny N=21 V=403 K=8 float32"
     assert f"| {title} | 2 ms | 50 % | 15x | 5x | 3.0 MiB (3.0 MiB) |" in text
-    assert text.endswith("a machine, 1 threads, AVX2; Python 3, torch 2, asyncopd 0 at abc; 2026-01-31; a command")
+    assert text.endswith("a machine, 1 threads, AVX2; Python 3, torch 2, asyncopd 0 at abc; 2026-01-31")
+    again = replace(timed[-1], environment=replace(ENVIRONMENT, command="another"))
+    assert markdown([*timed[:-1], again]).count("a machine") == 1, "one line, however many commands it took"
     assert "not measured: it broke" in markdown([replace(timed[-1], status="wrong", reason="it broke")])
     assert markdown([replace(r, headline=False) for r in timed]).startswith("No results yet")
 
