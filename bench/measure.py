@@ -113,6 +113,8 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
 def release_memory() -> None:
     """Give freed memory back to the system: a call that reuses it would seem to need none."""
     gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
     if trim is not None:
         trim(0)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from bench.cases import Case
-from bench.families import FAMILIES, LIMIT, Provider, Wrong
+from bench.families import FAMILIES, LIMIT, Provider, Wrong, providers_on
 from bench.measure import Timing, interleave, peak_extra_bytes, release_memory
 from bench.results import Environment, Result, Status, make_result
 
@@ -54,11 +54,12 @@ def measure(
     rounds: int | None = None,
     budget_s: float = 3.0,
 ) -> Measured:
-    """Run a case on all providers of its family, or on those given. Wrong ones are never timed."""
+    """Run a case on everybody who is compared on this device, or on those given. Wrong ones are never timed."""
+    providers = providers_on(device.type, case.family) if providers is None else providers
     family = FAMILIES[case.family]
     inputs = family.inputs(case, device)
     oracle = family.oracle(inputs)
-    prepared = [prepare(p, inputs, oracle) for p in (family.providers if providers is None else providers)]
+    prepared = [prepare(p, inputs, oracle) for p in providers]
     calls = {p.name: p.call for p in prepared if p.call is not None}
     peaks = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
     timings = interleave(calls, device=device, rounds=rounds, budget_s=budget_s)
