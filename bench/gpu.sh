@@ -42,7 +42,7 @@ step_build() {
     "$PYTHON" -c '
 import sys
 sys.exit(f"Python {sys.version}; needed 3.11 or newer" if sys.version_info < (3, 11) else 0)' || return
-    if [ ! -x "$python" ]; then "$PYTHON" -m venv --without-pip "$venv" || return; fi
+    "$PYTHON" -m venv --clear --without-pip "$venv" || return
     # The interpreter's own packages below those of the virtual environment. That it has torch is why it was chosen, and
     # --system-site-packages would skip them where PYTHON is itself of a virtual environment.
     "$PYTHON" -c '

@@ -33,7 +33,7 @@ class MachineCode:
     local_bytes: int
     local_accesses: int
     fp64_instructions: int
-    load_bytes: int  # of the widest global load of a thread; 0 without one
+    load_bytes: int  # of the widest global load of a thread; 0 without one. Bulk copies (TMA) are no thread's
     store_bytes: int
 
 
