@@ -23,6 +23,10 @@ class Prepared:
     call: Callable[[], object] | None = None
 
 
+class DeviceFailed(RuntimeError):
+    """A provider left the device in a state in which whatever is asked of it raises; the message says who and how."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """A case's results, and the seconds of every round of the providers that were timed."""
@@ -31,8 +35,17 @@ class Measured:
     timings: dict[str, Timing]
 
 
+def in_short(failure: Exception) -> str:
+    """Type and first line of the message."""
+    first_line = (str(failure).strip() or "no message").splitlines()[0]
+    return f"{type(failure).__name__}: {first_line}"[:200]
+
+
 def prepare(provider: Provider, inputs: Any, oracle: Any) -> Prepared:
-    """Whatever goes wrong with one provider, the others are still compared: its status says what it was."""
+    """Whatever goes wrong with one provider, the others are still compared: its status says what it was.
+
+    DeviceFailed if nobody can be any more.
+    """
     try:
         call = provider.prepare(inputs)
         output = call()  # also the warm-up: compilers compile, libraries load
@@ -40,8 +53,13 @@ def prepare(provider: Provider, inputs: Any, oracle: Any) -> Prepared:
     except Wrong as wrong:
         return Prepared(provider.name, "wrong", str(wrong))
     except Exception as failure:
-        first_line = (str(failure).strip() or "no message").splitlines()[0]
-        return Prepared(provider.name, "unavailable", f"{type(failure).__name__}: {first_line}"[:200])
+        reason = in_short(failure)
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as broken:
+                raise DeviceFailed(f"{provider.name}: {reason}") from broken
+        return Prepared(provider.name, "unavailable", reason)
     return Prepared(provider.name, "ok", error=error, call=call)
 
 

@@ -66,7 +66,7 @@ grep -v '^triton==' lock.txt > "$constraints"
 is_recent "$python" || die "$folder holds $("$python" --version); remove the folder to have it made again"
 install_torch
 echo "asyncopd: installing the packages of requirements/lock.txt into $folder"
-if "$python" -c 'import triton' 2>/dev/null; then
+if "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
     pip install --quiet -r "$constraints"
 else
     pip install --quiet -r lock.txt

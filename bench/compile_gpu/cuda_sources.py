@@ -92,6 +92,7 @@ def jobs(sources: list[Path] | None = None, archs: tuple[int, ...] = ARCHS) -> l
 def _compile(source: Path, arch: int) -> tuple[Path, float]:
     tool = nvcc()
     assert tool is not None
+    # As setup.py compiles them.
     options = ["-std=c++17", "-O3", "-cubin", f"-arch=sm_{arch}", f"-I{CSRC}"]
     digest = hashlib.sha256(f"{compiler()} {options[:-1]}".encode())
     # Any header may be included: together they are small.

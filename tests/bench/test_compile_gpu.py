@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,6 +153,11 @@ def test_shared_memory_beyond_a_block_is_a_violation() -> None:
         "kernels/x.py: big on sm_80 takes 200000 B of shared memory, a block has 166912",
     ]
     assert Kernel("triton", "kernels/x.py", "big", 90, "triton 3", 8, 8, 200_000, 0, 0, 0, 0, 16, 16).violations == []
+
+
+def test_architectures_are_those_that_are_built() -> None:
+    (built,) = re.findall(r"^CUDA_ARCHS = \[(.*)\]$", (ROOT / "setup.py").read_text(), re.M)
+    assert tuple(map(int, built.split(","))) == ARCHS
 
 
 # --------------------------------------------------------------------------------------------------- the command

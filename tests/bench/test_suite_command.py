@@ -22,7 +22,7 @@ from bench.families.peers import PEERS
 from bench.inputs import logits_inputs
 from bench.measure import Timing
 from bench.results import make_result
-from bench.run import Prepared, prepare
+from bench.run import DeviceFailed, Prepared, prepare
 
 TINY = replace(tiny("topk"), rows=5), replace(tiny("kl"), rows=5)
 
@@ -126,6 +126,33 @@ def test_a_case_that_takes_the_device_with_it_ends_the_process_and_is_not_tried_
     lines, trusted = suite.measured(TINY[0], CPU, ENVIRONMENT, 0.0)
     assert trusted
     assert lines[0].reason == "the case broke: OutOfMemoryError: full"
+
+
+def test_the_provider_that_broke_the_device_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    ours = replace(FAMILIES["topk"].provider(OURS), prepare=lambda inputs: broken)
+    assert prepare(ours, None, None).status == "unavailable"
+    monkeypatch.setattr("torch.cuda.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.cuda.synchronize", lambda: None)
+    assert prepare(ours, None, None).status == "unavailable"
+    monkeypatch.setattr("torch.cuda.synchronize", broken)
+    with pytest.raises(DeviceFailed, match="asyncopd: RuntimeError: CUDA error: an illegal memory access"):
+        prepare(ours, None, None)
+
+
+def test_a_backend_may_lack_an_op_and_may_not_break() -> None:
+    def line(provider: str, status: Any, reason: str = "") -> Any:
+        return make_result(tiny("topk"), provider, ENVIRONMENT, status=status, reason=reason)
+
+    lacks = "BackendUnavailable: ASYNCOPD_BACKEND=cuda cannot run: it has no 'x' in this version"
+    assert not suite.is_failure(line("asyncopd on cuda", "unavailable", lacks))
+    assert suite.is_failure(line("asyncopd on cuda", "unavailable", "CompilationError: at 3:4"))
+    assert suite.is_failure(line("asyncopd on triton", "wrong", "ids"))
+    assert suite.is_failure(line(OURS, "unavailable", lacks))
+    assert not suite.is_failure(line(OURS, "ok"))
+    assert not suite.is_failure(line(EAGER, "wrong", "ids"))
 
 
 # ------------------------------------------------------------------------------------------ figures and machines
