@@ -14,8 +14,8 @@
 # $OUT for another version of the code. Logs are $OUT/STEP.log. Exit status 0: every step has ended well. Afterwards:
 #   cp $OUT/results.jsonl bench/results/GPU-DATE.jsonl && make bench-report
 #
-# Needed: Python >= 3.11 with torch, triton, numpy, pytest, pytest-timeout, hypothesis, rich, typer, setuptools, pip,
-# pybind11 and ninja; nvcc and a C++ compiler. What Python lacks can be brought as wheels. Variables:
+# Needed: Python >= 3.11 with torch, triton, numpy, pytest, pytest-timeout, hypothesis, rich, typer, pip, pybind11,
+# ninja and setuptools >= 77; nvcc and a C++ compiler. What Python lacks can be brought as wheels. Variables:
 #   OUT              where it all goes (build/gpu)
 #   PYTHON           the interpreter (python3)
 #   WHEELS           a folder of wheels to install into the virtual environment first
@@ -55,10 +55,14 @@ for path in sys.path:
         "$python" -m pip install --quiet --no-index --no-deps --upgrade "$WHEELS"/*.whl || return
     fi
     "$python" -c '
-import importlib.util as util, sys
+import importlib.metadata as metadata, importlib.util as util, sys
 names = "torch numpy pytest pytest_timeout hypothesis rich typer setuptools pip pybind11 ninja".split()
 missing = [name for name in names + ["triton"] * (sys.argv[1] == "cuda") if util.find_spec(name) is None]
-sys.exit("not installed: " + ", ".join(missing) + "; bring wheels (WHEELS)" if missing else 0)
+if missing:
+    sys.exit("not installed: " + ", ".join(missing) + "; bring wheels (WHEELS)")
+version = metadata.version("setuptools")
+if int(version.split(".")[0]) < 77:  # older ones do not understand pyproject.toml
+    sys.exit(f"setuptools {version}, needed 77 or newer; bring its wheel (WHEELS)")
 ' "$DEVICE" || return
     if [ "$DEVICE" = cuda ]; then export ASYNCOPD_BUILD_CUDA=1; fi
     "$python" setup.py --quiet build_ext --inplace || return
@@ -121,11 +125,11 @@ fi
 
 # -------------------------------------------------------------------------------------------------- one after another
 
-# The most that a step may take. Together they fit LIMIT_S.
+# The most that a step may take; together they take less, and LIMIT_S at most.
 limit_of() {
     case $1 in
         build) echo 90 ;;
-        triton) echo 120 ;;
+        triton) echo 150 ;;
         bench) echo 225 ;;
         sanitize) echo 75 ;;
         *) echo 60 ;;
