@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from asyncopd import backends
 from bench import ceilings, results, suite
-from bench.cases import CASES
+from bench.cases import CASES, Case
 from bench.ceilings import Ceilings
 from bench.families import COMPILED, EAGER, FAMILIES, LIMIT, OURS, Family, on_backend, providers_on
 from bench.families.peers import PEERS
@@ -182,6 +182,18 @@ def test_gpu_inputs_have_the_law_of_the_others_and_are_the_same_every_time() -> 
     a, b = logits_inputs(case, CPU), logits_inputs(case, CPU)
     assert torch.equal(a.logits, b.logits)
     assert a.logits.softmax(1).amax(1).median() > 0.1
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.size == "gpu"], ids=lambda case: case.name)
+def test_every_gpu_case_runs_where_it_is_made_small(case: Case) -> None:
+    """The same code on a CPU: inputs that are made on the device, the oracle, the limit, and asyncopd's line."""
+    small = replace(case, model=TINY[0].model, rows=12, head=3, samples=5)
+    family = FAMILIES[case.family]
+    inputs = family.inputs(small, CPU)
+    oracle = family.oracle(inputs)
+    for name in (LIMIT, OURS):
+        done = prepare(family.provider(name), inputs, oracle)
+        assert done.status == "ok", done.reason
 
 
 # --------------------------------------------------------------------------------------------- who is compared
