@@ -1,6 +1,7 @@
 # Every target sets up what it needs; none has to be run before another.
 #   make demo    watch a student learn, synchronously and asynchronously
 #   make test    the test suite          (make test ARGS="-k gather -x" passes arguments to pytest)
+# On a machine with a GPU, bench/gpu.sh builds, tests and measures without a network and without make.
 VENV := $(CURDIR)/.venv
 PYTHON ?=
 TORCH ?=
@@ -15,7 +16,7 @@ BUILD := $(VENV)/.build-stamp
 SOURCES := $(shell find csrc -type f)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize bench bench-report gates lint wheel clean
+.PHONY: help setup demo test sanitize bench bench-report gates check-gpu lint wheel clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /make \1	/p' $(MAKEFILE_LIST)
@@ -61,6 +62,9 @@ bench-report: $(BUILD) ## README's table of benchmarks and the plots, from the n
 
 gates: $(BUILD) ## the ratios that no kernel may lose, within one run: two threads, AVX-512
 	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest bench/test_gates.py -q --benchmark-quiet $(ARGS)
+
+check-gpu: $(BUILD) ## every GPU kernel compiled for sm_80, 90 and 100: no spills, no fp64, register budgets; needs no GPU
+	$(VENV)/bin/python -m bench.compile_gpu $(ARGS)
 
 lint: $(BUILD) ## ruff and mypy
 	$(VENV)/bin/ruff check .

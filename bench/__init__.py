@@ -3,12 +3,15 @@
     cases       the shapes, with the bytes and FLOPs that each needs at least
     inputs      seeded tensors for a case
     families/   what is compared on a case: the limit, torch, other published methods, asyncopd; and the fp64 oracle
+    ceilings    what the device does at most: a copy, a matrix product
     measure     interleaved timing, peak extra memory
     run         one case from inputs to results
+    suite       all cases of a size on a device, resumable: what bench/gpu.sh runs
     results     JSON lines
     report      tables and plots, made from the JSON lines alone
     gates       ratios that must not be lost
+    compile_gpu every GPU kernel compiled ahead of time, and gated
 
-`make bench` runs test_suite.py and prints the report; `make gates` runs test_gates.py, as continuous integration does.
-Everything but the gates takes a device: on a GPU, `run.measure(case, ..., device=...)` for the cases of size "gpu".
+`make bench` runs test_suite.py and prints the report. `make gates` runs test_gates.py and `make check-gpu` runs
+compile_gpu, as continuous integration does. On a machine with a GPU, bench/gpu.sh builds, tests and measures.
 """

@@ -1,6 +1,7 @@
 """Tensors for a case from a seeded generator: peaked like a language model's, the same in every run.
 
-Made on the CPU whatever the device, so that a GPU and a CPU are given the same numbers.
+Made on the CPU whatever the device, so that a GPU and a CPU are given the same numbers. Cases of size "gpu", which no
+CPU runs, are made on the device: one core would draw their 1.2 billion normal numbers for ten seconds each.
 """
 
 import math
@@ -46,47 +47,63 @@ class HeadInputs:
         return replace(self, case=replace(self.case, masked=share), mask=_mask(self.case.rows, share, self.hidden))
 
 
-def _peaks(rows: int, vocab: int, rng: torch.Generator) -> Tensor:
-    return torch.randint(0, vocab, (rows, min(NUM_PEAKS, vocab // 16)), generator=rng)
+@dataclass(frozen=True)
+class Random:
+    """torch's random functions with one generator, on the device that makes the numbers."""
+
+    generator: torch.Generator
+
+    @classmethod
+    def of(cls, case: Case, device: torch.device) -> "Random":
+        return cls(torch.Generator(device if case.size == "gpu" else "cpu").manual_seed(0))
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.generator.device)
+
+    def below(self, end: int, *shape: int) -> Tensor:
+        return torch.randint(0, end, shape, generator=self.generator, device=self.generator.device)
+
+    def peaks(self, rows: int, vocab: int) -> Tensor:
+        return self.below(vocab, rows, min(NUM_PEAKS, vocab // 16))
 
 
 def logits_inputs(case: Case, device: torch.device) -> LogitsInputs:
-    rng = torch.Generator().manual_seed(0)
+    rng = Random.of(case, device)
     rows, vocab = case.rows, case.model.vocab
     logits = torch.empty(rows, vocab, dtype=case.dtype, device=device)
-    ids = torch.randint(0, vocab, (rows, case.k), generator=rng)
+    ids = rng.below(vocab, rows, case.k)
     for start in range(0, rows, ROW_CHUNK):
         chunk = slice(start, min(start + ROW_CHUNK, rows))
-        z = torch.randn(chunk.stop - start, vocab, generator=rng).mul_(SPREAD)
-        peaks = _peaks(z.shape[0], vocab, rng)
-        z.scatter_add_(1, peaks, torch.full(peaks.shape, PEAK))
+        z = rng.normal(chunk.stop - start, vocab).mul_(SPREAD)
+        peaks = rng.peaks(z.shape[0], vocab)
+        z.scatter_add_(1, peaks, torch.full(peaks.shape, PEAK, device=z.device))
         logits[chunk] = z.to(device, case.dtype)
         ids[chunk, : peaks.shape[1]] = peaks[:, : case.k]
-    grad = torch.randn(rows, case.k, generator=rng)
+    grad = rng.normal(rows, case.k)
     return LogitsInputs(case, logits, ids.to(device), grad.to(device))
 
 
 def loss_inputs(case: Case, device: torch.device) -> LossInputs:
     """Head + tail supports with everything that reaches the loss: a student that moved on, a teacher that differs."""
-    rng = torch.Generator().manual_seed(0)
+    rng = Random.of(case, device)
     shape = (case.rows, case.k)
-    behaviour = (SPREAD * torch.randn(shape, generator=rng)).log_softmax(1) - 0.1
+    behaviour = (SPREAD * rng.normal(*shape)).log_softmax(1) - 0.1
     log_weights = -math.log(case.samples) - behaviour
     log_weights[:, : case.head] = 0.0
-    student = behaviour + 0.1 * torch.randn(shape, generator=rng)
-    teacher = behaviour + 0.3 * torch.randn(shape, generator=rng)
-    ids = torch.randint(0, case.model.vocab, shape, generator=rng)
+    student = behaviour + 0.1 * rng.normal(*shape)
+    teacher = behaviour + 0.3 * rng.normal(*shape)
+    ids = rng.below(case.model.vocab, *shape)
     support = asyncopd.Support(ids.to(device), teacher.to(device), log_weights.to(device), "head_tail")
     return LossInputs(case, student.to(device).requires_grad_(), support)
 
 
 def head_inputs(case: Case, device: torch.device) -> HeadInputs:
     """Rows of W have norm SPREAD, and a hidden state leans towards those of its peaks."""
-    rng = torch.Generator().manual_seed(0)
+    rng = Random.of(case, device)
     (rows, vocab, width), dtype = (case.rows, case.model.vocab, case.model.width), case.dtype
-    weight = torch.randn(vocab, width, generator=rng).mul_(SPREAD / math.sqrt(width))
-    peaks = _peaks(rows, vocab, rng)
-    hidden = torch.randn(rows, width, generator=rng)
+    weight = rng.normal(vocab, width).mul_(SPREAD / math.sqrt(width))
+    peaks = rng.peaks(rows, vocab)
+    hidden = rng.normal(rows, width)
     hidden += PEAK / SPREAD**2 * weight[peaks].sum(1)
     weight, hidden = weight.to(device, dtype), hidden.to(device, dtype)
     draws = []
@@ -95,7 +112,7 @@ def head_inputs(case: Case, device: torch.device) -> HeadInputs:
         logits = hidden[start : start + ROW_CHUNK] @ weight.t()
         draws.append(asyncopd.sample_support(logits, num_samples=case.samples, head=case.head, seed=streams))
     behaviour, log_weights = torch.cat([d.logprobs for d in draws]), torch.cat([d.log_weights for d in draws])
-    noise = 0.3 * torch.randn(behaviour.shape, generator=rng)
+    noise = 0.3 * rng.normal(*behaviour.shape)
     support = asyncopd.Support(
         torch.cat([d.ids for d in draws]), behaviour + noise.to(device), log_weights, "head_tail"
     )

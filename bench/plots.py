@@ -15,7 +15,7 @@ from bench.results import Result  # noqa: E402
 
 
 def save_plot(results: Sequence[Result], path: Path) -> None:
-    """Headline cases, one group of bars each: best time over the limit's best time, on a logarithmic axis."""
+    """Headline cases, one group of bars each: time over the limit's time, on a logarithmic axis."""
     cases = by_case(r for r in results if r.headline and r.share_of_limit and r.provider != LIMIT)
     names = list(dict.fromkeys(name for providers in cases.values() for name in providers))
     colours = {name: f"C{i}" for i, name in enumerate([OURS, *(n for n in names if n != OURS)])}
@@ -36,7 +36,7 @@ def save_plot(results: Sequence[Result], path: Path) -> None:
     axes.set_xscale("log")
     axes.invert_yaxis()
     axes.set_yticks([])
-    axes.set_xlabel("best time, in multiples of the limit measured in the same rounds (1 = at the limit)")
+    axes.set_xlabel("time, in multiples of the limit measured in the same rounds (1 = at the limit)")
     axes.spines[["top", "right", "left"]].set_visible(False)
     if labelled:
         figure.legend(fontsize=8, loc="outside lower center", ncols=len(labelled))

@@ -13,8 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from asyncopd.cli.report import insert_between_markers
-from bench.families import COMPILED, EAGER, FAMILIES, LIMIT, OURS
+from bench.families import COMPILED, EAGER, FAMILIES, GPU_BACKENDS, LIMIT, OURS
 from bench.results import RESULTS, Environment, Result, load
 
 MARKERS = "bench"  # <!-- bench: begin --> and <!-- bench: end -->
@@ -59,9 +58,9 @@ def error(result: Result) -> str:
 
 def speedup(result: Result | None, other: Result | None) -> float | None:
     """How many times as long the other took; None if one of them was not timed."""
-    if result is None or other is None or result.min_s is None or other.min_s is None:
+    if result is None or other is None or result.time_s is None or other.time_s is None:
         return None
-    return other.min_s / result.min_s
+    return other.time_s / result.time_s
 
 
 def by_case(results: Iterable[Result]) -> dict[str, dict[str, Result]]:
@@ -77,10 +76,14 @@ def what(result: Result) -> str:
 
 
 def where(e: Environment) -> str:
-    return (
-        f"{e.machine}, {e.threads} threads, {e.instruction_set}; Python {e.python}, torch {e.torch}, "
-        f"asyncopd {e.asyncopd} at {e.commit}; {e.date}"
-    )
+    if e.device == "cuda":
+        machine = e.machine
+        if e.copy_gb_per_s and e.gemm_gflop_per_s:
+            machine += f", copy {e.copy_gb_per_s / 1e3:.2f} TB/s, matrix product {e.gemm_gflop_per_s / 1e3:.0f} TFLOP/s"
+    else:
+        machine = f"{e.machine}, {e.threads} threads, {e.instruction_set}"
+    versions = f"Python {e.python}, torch {e.torch}, asyncopd {e.asyncopd} at {e.commit}"
+    return f"{machine}; {versions}; {e.date}"
 
 
 def environments(results: Iterable[Result]) -> dict[str, list[str]]:
@@ -99,6 +102,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
     ("median", lambda r: seconds(r.median_s)),
     ("rate", rate),
     ("of limit", lambda r: percent(r.share_of_limit)),
+    ("of machine", lambda r: percent(r.share_of_machine)),
     ("extra memory", lambda r: mebibytes(r.peak_bytes)),
     ("error", error),
 )
@@ -106,9 +110,13 @@ _COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
 
 def family_table(family: str, results: Sequence[Result]) -> Table:
     about = FAMILIES[family]
-    caption = f"limit: {about.limit}; error against fp64: {about.error}; ratios are of best times"
+    caption = (
+        f"limit: {about.limit}; machine: a copy or a matrix product; error against fp64: {about.error}; "
+        "rates and ratios: of best times on a CPU, of medians on a GPU"
+    )
     table = Table("", title=about.title, caption=caption, title_justify="left", caption_justify="left")
-    for name in (*(name for name, _ in _COLUMNS), f"{OURS} faster by"):
+    columns = [column for column in _COLUMNS if any(column[1](r) for r in results)]
+    for name in (*(name for name, _ in columns), f"{OURS} faster by"):
         table.add_column(name, justify="right")
     for providers in by_case(results).values():
         table.add_row(f"[bold]{escape(what(next(iter(providers.values()))))}[/bold]")
@@ -118,7 +126,7 @@ def family_table(family: str, results: Sequence[Result]) -> Table:
                 table.add_row(f"  {name}: {result.status}: {escape(result.reason)}")
                 continue
             faster = "" if name in (OURS, LIMIT) else times(speedup(ours, result))
-            table.add_row(f"  {name}", *(show(result) for _, show in _COLUMNS), faster)
+            table.add_row(f"  {name}", *(show(result) for _, show in columns), faster)
         table.add_section()
     return table
 
@@ -135,36 +143,50 @@ def print_report(results: Sequence[Result], console: Console | None = None) -> N
 # ------------------------------------------------------------------------------------------------------ Markdown
 
 
-def markdown(results: Sequence[Result]) -> str:
-    """One row a headline case: ours, beside the limit and torch."""
-    if not any(result.headline for result in results):
-        return "No results yet: `make bench` makes them."
-    lines = [
-        f"| {OURS} | time | of the limit | {EAGER} | {COMPILED} | extra memory ({EAGER}) |",
-        "|---|---:|---:|---:|---:|---:|",
+NOT_ON_A_GPU = "GPU: not yet measured on a GPU (`bench/gpu.sh` does it)."
+_HEADER = (
+    f"| {OURS} | time | of the limit | {EAGER} | {COMPILED} | extra memory ({EAGER}) |",
+    "|---|---:|---:|---:|---:|---:|",
+)
+
+
+def fastest(providers: dict[str, Result]) -> Result | None:
+    """asyncopd's line; on a GPU that of its fastest backend, which need not be the one that it chooses by itself."""
+    names = (OURS, *(f"{OURS} on {backend}" for backend in GPU_BACKENDS))
+    lines = [providers[name] for name in names if name in providers]
+    timed = [line for line in lines if line.status == "ok" and line.time_s is not None]
+    return min(timed, key=lambda line: line.time_s or 0.0) if timed else next(iter(lines), None)
+
+
+def markdown_row(providers: dict[str, Result]) -> str:
+    first = next(iter(providers.values()))
+    ours, eager = fastest(providers), providers.get(EAGER)
+    title = f"{FAMILIES[first.family].title}: {what(first)}"
+    if ours is None or ours.status != "ok":
+        return f"| {title} | not measured: {ours.reason if ours else 'did not run'} | | | | |"
+    if ours.provider != OURS:
+        title += f" ({ours.provider.removeprefix(f'{OURS} on ')})"
+    memory = mebibytes(ours.peak_bytes) + (f" ({mebibytes(eager.peak_bytes)})" if eager and eager.peak_bytes else "")
+    on_gpu = ours.environment.device == "cuda"
+    cells = [
+        title,
+        seconds(ours.time_s),
+        percent(ours.share_of_machine if on_gpu else ours.share_of_limit),
+        times(speedup(ours, eager)),
+        times(speedup(ours, providers.get(COMPILED))),
+        memory,
     ]
-    for providers in by_case(r for r in results if r.headline).values():
-        first = next(iter(providers.values()))
-        ours, eager = providers.get(OURS), providers.get(EAGER)
-        title = f"{FAMILIES[first.family].title}: {what(first)}"
-        if ours is None or ours.status != "ok":
-            lines.append(f"| {title} | not measured: {ours.reason if ours else 'did not run'} | | | | |")
-            continue
-        memory = mebibytes(ours.peak_bytes) + (
-            f" ({mebibytes(eager.peak_bytes)})" if eager and eager.peak_bytes else ""
-        )
-        compiled = times(speedup(ours, providers.get(COMPILED)))
-        cells = [
-            title,
-            seconds(ours.min_s),
-            percent(ours.share_of_limit),
-            times(speedup(ours, eager)),
-            compiled,
-            memory,
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines.append("")
-    lines += environments(r for r in results if r.headline)
+    return "| " + " | ".join(cells) + " |"
+
+
+def markdown(runs: Sequence[Sequence[Result]]) -> str:
+    """One table, one row a headline case and machine; then the machines. It says so while none of them is a GPU."""
+    results = [result for run in runs for result in run if result.headline]
+    cases = [c for run in runs for c in by_case(r for r in run if r.headline).values()]
+    lines = [*_HEADER, *map(markdown_row, cases), ""] if cases else ["No results yet: `make bench` makes them.", ""]
+    lines += environments(results)
+    if not any(result.environment.device == "cuda" for result in results):
+        lines.append(NOT_ON_A_GPU)
     return "\n".join(lines)
 
 
@@ -181,8 +203,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for path, results in runs.items():
             save_plot(results, options.plots / f"{path.stem}.svg")
     if options.into:
-        tables = [markdown(results) for results in runs.values()] or [markdown([])]
-        insert_between_markers(options.into, MARKERS, "\n\n".join(tables))
+        # Here, since the command line's packages (pydantic, transformers) need not be on a machine that only measures.
+        from asyncopd.cli.report import insert_between_markers
+
+        insert_between_markers(options.into, MARKERS, markdown(list(runs.values())))
     if not options.into and not options.plots:
         for results in runs.values():
             print_report(results)

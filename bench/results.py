@@ -17,6 +17,7 @@ import torch
 
 import asyncopd
 from bench.cases import Case
+from bench.ceilings import Ceilings
 from bench.measure import Timing
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +40,9 @@ class Environment:
     commit: str  # with "-dirty" if the tree had changes
     date: str
     command: str
+    device: Literal["cpu", "cuda"] = "cpu"
+    copy_gb_per_s: float | None = None  # of a large copy, bytes read plus bytes written (bench.ceilings)
+    gemm_gflop_per_s: float | None = None  # of a large matrix product in the dtype that the device is made for
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +63,9 @@ class Result:
     rounds: int
     median_s: float | None
     min_s: float | None
-    gb_per_s: float | None  # the case's least bytes over the best time
+    gb_per_s: float | None  # the case's least bytes over `time_s`
     gflop_per_s: float | None  # likewise; None where a family does no products
-    share_of_limit: float | None  # best time of the limit over best time
+    share_of_limit: float | None  # `time_s` of the limit over `time_s`
     peak_bytes: int | None
     error: float | None
     environment: Environment
@@ -69,6 +73,26 @@ class Result:
     @property
     def key(self) -> tuple[str, str]:
         return self.case, self.provider
+
+    @property
+    def time_s(self) -> float | None:
+        """What is compared. CPUs are shared and their noise only adds: the best. Of a GPU's many rounds, the median."""
+        return self.median_s if self.environment.device == "cuda" else self.min_s
+
+    @property
+    def share_of_machine(self) -> float | None:
+        """Rate over that of a copy or of a matrix product in the same run; None where these were not measured."""
+        e = self.environment
+        rate, ceiling = (
+            (self.gb_per_s, e.copy_gb_per_s) if self.bound == "bytes" else (self.gflop_per_s, e.gemm_gflop_per_s)
+        )
+        return rate / ceiling if rate and ceiling else None
+
+
+def _time(timing: Timing | None, environment: Environment) -> float | None:
+    if timing is None:
+        return None
+    return timing.median if environment.device == "cuda" else timing.best
 
 
 def make_result(
@@ -83,7 +107,7 @@ def make_result(
     peak_bytes: int | None = None,
     error: float | None = None,
 ) -> Result:
-    best = timing.best if timing else None
+    time, limit_time = _time(timing, environment), _time(limit, environment)
     work = case.work
     return Result(
         family=case.family,
@@ -99,17 +123,17 @@ def make_result(
         bound=work.bound,
         rounds=len(timing.seconds) if timing else 0,
         median_s=timing.median if timing else None,
-        min_s=best,
-        gb_per_s=work.bytes / best / 1e9 if best else None,
-        gflop_per_s=work.flops / best / 1e9 if best and work.flops else None,
-        share_of_limit=limit.best / best if best and limit else None,
+        min_s=timing.best if timing else None,
+        gb_per_s=work.bytes / time / 1e9 if time else None,
+        gflop_per_s=work.flops / time / 1e9 if time and work.flops else None,
+        share_of_limit=limit_time / time if time and limit_time else None,
         peak_bytes=peak_bytes,
         error=error,
         environment=environment,
     )
 
 
-def environment(device: torch.device, command: str) -> Environment:
+def environment(device: torch.device, command: str, ceilings: Ceilings | None = None) -> Environment:
     return Environment(
         machine=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         threads=torch.get_num_threads(),
@@ -120,11 +144,15 @@ def environment(device: torch.device, command: str) -> Environment:
         commit=_commit(),
         date=datetime.date.today().isoformat(),
         command=command,
+        device="cuda" if device.type == "cuda" else "cpu",
+        copy_gb_per_s=ceilings.copy_gb_per_s if ceilings else None,
+        gemm_gflop_per_s=ceilings.gemm_gflop_per_s if ceilings else None,
     )
 
 
 def default_path(e: Environment) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", f"{e.machine} {e.threads} threads".lower()).strip("-")
+    name = e.machine if e.device == "cuda" else f"{e.machine} {e.threads} threads"
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     return RESULTS / f"{slug}-{e.date}.jsonl"
 
 
@@ -167,5 +195,5 @@ def _commit() -> str:
         # Results written by this very run are no change of what is measured.
         changes = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+    except (OSError, subprocess.CalledProcessError):  # a copy of the files alone
+        return os.environ.get("ASYNCOPD_COMMIT", "unknown")

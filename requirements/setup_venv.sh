@@ -35,18 +35,18 @@ install_torch() {
     local pin
     pin=$(grep '^torch==' torch.txt)
     if [ -n "${TORCH:-}" ]; then
-        pip install -c lock.txt "$TORCH"
+        pip install -c "$constraints" "$TORCH"
     elif "$python" -c "import importlib.metadata as m; assert 'torch==' + m.version('torch').split('+')[0] == '$pin'" \
         2>/dev/null; then
         echo "asyncopd: $pin is already there"
     elif [ "$(uname -s)" = Darwin ]; then
-        pip install -c lock.txt "$pin"
-    elif ! nvidia-smi >/dev/null 2>&1 && pip install -c lock.txt "$pin+cpu" 2>/dev/null; then
+        pip install -c "$constraints" "$pin"
+    elif ! nvidia-smi >/dev/null 2>&1 && pip install -c "$constraints" "$pin+cpu" 2>/dev/null; then
         :
     else
         echo "asyncopd: asking uv for the build of $pin that fits this machine"
         pip install uv
-        "$python" -m uv pip install --python "$python" --torch-backend=auto -c lock.txt "$pin" || die \
+        "$python" -m uv pip install --python "$python" --torch-backend=auto -c "$constraints" "$pin" || die \
             "no build of $pin could be installed; name one with make setup TORCH='a wheel or pip requirement'"
     fi
 }
@@ -59,7 +59,15 @@ if [ ! -x "$folder/bin/python" ]; then
     "$base" -m venv "$folder"
 fi
 python=$folder/bin/python
+# A CUDA build of torch brings the triton that it was made for, and keeps it: the lock's is for builds that bring none.
+constraints=$(mktemp)
+trap 'rm -f "$constraints"' EXIT
+grep -v '^triton==' lock.txt > "$constraints"
 is_recent "$python" || die "$folder holds $("$python" --version); remove the folder to have it made again"
 install_torch
 echo "asyncopd: installing the packages of requirements/lock.txt into $folder"
-pip install --quiet -r lock.txt
+if "$python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
+    pip install --quiet -r "$constraints"
+else
+    pip install --quiet -r lock.txt
+fi

@@ -4,8 +4,10 @@ A provider is prepared once for its inputs (buffers are allocated, a compiler is
 arguments; its output is checked against the oracle before anything is timed.
 """
 
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,6 +59,25 @@ class Family:
 
     def provider(self, name: str) -> Provider:
         return next(provider for provider in self.providers if provider.name == name)
+
+
+def on_backend(provider: Provider, backend: str) -> Provider:
+    """asyncopd's line with one backend forced, whatever it would choose by itself."""
+
+    def forced(call: Callable[..., Any], *arguments: Any) -> Any:
+        before = os.environ.get("ASYNCOPD_BACKEND")
+        os.environ["ASYNCOPD_BACKEND"] = backend
+        try:
+            return call(*arguments)
+        finally:
+            del os.environ["ASYNCOPD_BACKEND"]
+            if before is not None:
+                os.environ["ASYNCOPD_BACKEND"] = before
+
+    def prepare(inputs: Any) -> Callable[[], Any]:
+        return partial(forced, forced(provider.prepare, inputs))
+
+    return replace(provider, name=f"{provider.name} on {backend}", prepare=prepare)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

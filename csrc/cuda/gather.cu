@@ -61,6 +61,8 @@ __device__ __forceinline__ void accumulate(Pair& pair, const float (&z)[Count], 
   pair = {max, sum};
 }
 
+// 32 registers let 4 blocks of 512 threads share a multiprocessor, which are all the warps that it takes.
+// max-registers: gather_kernel 32
 template <typename T, typename Id>
 __global__ void __launch_bounds__(kThreads)
     gather_kernel(const T* __restrict__ logits,  // [N, V], row stride `row_stride`

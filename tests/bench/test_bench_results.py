@@ -15,7 +15,7 @@ from asyncopd.config import ConfigError
 from bench import plots, results
 from bench.cases import cases_of
 from bench.families import COMPILED, EAGER, FAMILIES, LIMIT, OURS, Provider, Unavailable
-from bench.report import main, markdown, newest_files, print_report
+from bench.report import NOT_ON_A_GPU, main, markdown, newest_files, print_report
 from bench.results import Result
 from bench.run import measure
 
@@ -122,14 +122,42 @@ def test_markdown_has_one_row_a_headline_case(run: tuple[Result, ...]) -> None:
     timed = by_hand(run, **{LIMIT: 0.001, EAGER: 0.03, OURS: 0.002})
     timed = [replace(r, peak_bytes=3 * 2**20) for r in timed]
     compiled = replace(timed[1], provider=COMPILED, min_s=0.01)
-    text = markdown([*timed, compiled])
+    text = markdown([[*timed, compiled]])
     title = "LSE + top-K log-probabilities from logits: tiny N=21 V=403 K=8 float32"
     assert f"| {title} | 2 ms | 50 % | 15x | 5x | 3.0 MiB (3.0 MiB) |" in text
-    assert text.endswith("a machine, 1 threads, AVX2; Python 3, torch 2, asyncopd 0 at abc; 2026-01-31")
+    assert "a machine, 1 threads, AVX2; Python 3, torch 2, asyncopd 0 at abc; 2026-01-31\n" in text
     again = replace(timed[-1], environment=replace(ENVIRONMENT, command="another"))
-    assert markdown([*timed[:-1], again]).count("a machine") == 1, "one line, however many commands it took"
-    assert "not measured: it broke" in markdown([replace(timed[-1], status="wrong", reason="it broke")])
-    assert markdown([replace(r, headline=False) for r in timed]).startswith("No results yet")
+    assert markdown([[*timed[:-1], again]]).count("a machine") == 1, "one line, however many commands it took"
+    assert text.endswith(NOT_ON_A_GPU)
+    assert "not measured: it broke" in markdown([[replace(timed[-1], status="wrong", reason="it broke")]])
+    nothing = markdown([[replace(r, headline=False) for r in timed]])
+    assert nothing == markdown([]) == f"No results yet: `make bench` makes them.\n\n{NOT_ON_A_GPU}"
+
+
+def test_gpu_rows_are_medians_beside_what_the_device_does_at_most(run: tuple[Result, ...]) -> None:
+    """The fastest backend has the row and is named; the CPU's row stays in the same table; the line on GPUs goes."""
+    gpu = replace(
+        ENVIRONMENT, machine="a GPU", device="cuda", copy_gb_per_s=100.0, gemm_gflop_per_s=50_000.0, command="gpu.sh"
+    )
+    by_name = {r.provider: r for r in run if r.provider in (LIMIT, EAGER, OURS)}
+    times = {LIMIT: 0.001, EAGER: 0.03, OURS: 0.02}
+    lines = [
+        replace(r, environment=gpu, min_s=1e-6, median_s=times[name], gb_per_s=1.0, peak_bytes=2**20)
+        for name, r in by_name.items()
+    ]
+    triton = replace(lines[-1], provider=f"{OURS} on triton", median_s=0.002, gb_per_s=70.0)
+    cuda = replace(lines[-1], provider=f"{OURS} on cuda", status="unavailable", reason="no such op", median_s=None)
+    cpu = by_hand(run, **{LIMIT: 0.001, EAGER: 0.03, OURS: 0.004})
+    text = markdown([cpu, [*lines, triton, cuda]])
+    title = "LSE + top-K log-probabilities from logits: tiny N=21 V=403 K=8 float32"
+    assert f"| {title} (triton) | 2 ms | 70 % | 15x |  | 1.0 MiB (1.0 MiB) |" in text
+    assert f"| {title} | 4 ms | 25 % | 7.5x |" in text
+    assert text.count("|---|") == 1
+    assert "a GPU, copy 0.10 TB/s, matrix product 50 TFLOP/s; Python 3" in text
+    assert NOT_ON_A_GPU not in text
+    flops = replace(lines[0], bound="flops", gflop_per_s=25_000.0)
+    assert flops.share_of_machine == 0.5
+    assert run[0].share_of_machine is None
 
 
 def test_report_goes_between_the_markers_and_plots_into_a_folder(tmp_path: Path, run: tuple[Result, ...]) -> None:
@@ -150,12 +178,20 @@ def test_report_goes_between_the_markers_and_plots_into_a_folder(tmp_path: Path,
 
 
 def test_readme_has_room_for_the_table() -> None:
-    """Before it is filled in: two lines of header, one a headline case, a blank and the machine's."""
+    """Before it is filled in: two of header, one a headline case of a CPU and of a GPU, a blank, one a machine."""
     page = (ROOT / "README.md").read_text()
     now = page.split("<!-- bench: begin -->\n")[1].split("<!-- bench: end -->")[0]
     rows = sum(case.headline for case in cases_of("full"))
     assert rows == len(FAMILIES)
-    assert len(page.splitlines()) - len(now.splitlines()) + 2 + rows + 2 <= 120
+    rows += sum(case.headline for case in cases_of("gpu"))
+    assert len(page.splitlines()) - len(now.splitlines()) + 2 + rows + 3 <= 120
+
+
+def test_readme_says_that_no_gpu_has_been_measured_until_one_has() -> None:
+    """The page is generated: what it says of GPUs is what the results are of."""
+    page = (ROOT / "README.md").read_text()
+    measured = any(r.environment.device == "cuda" for path in newest_files() for r in results.load(path))
+    assert (NOT_ON_A_GPU in page) == (not measured)
 
 
 @pytest.mark.slow

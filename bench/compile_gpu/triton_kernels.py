@@ -1,0 +1,161 @@
+"""Triton's kernels, at the block sizes and dtypes that their modules name (`compile_cases()`)."""
+
+import ast
+import importlib
+import importlib.util
+import os
+import re
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from bench.compile_gpu import machine_code
+from bench.compile_gpu.kernel import ARCHS, ROOT, Kernel
+
+PACKAGE = "asyncopd.kernels"
+
+
+@dataclass(frozen=True, slots=True)
+class TritonJob:
+    """One compile case on one architecture, by name: kernels do not travel between processes."""
+
+    module: str
+    case: str
+    arch: int
+
+    def run(self) -> tuple[list[Kernel], float]:
+        """The kernel, and the seconds that compiling took (near 0 where Triton has it in its cache)."""
+        source = _import(self.module)
+        case = _cases(source)[self.case]
+        begin = time.perf_counter()
+        compiled = _compile(case, self.arch)
+        seconds = time.perf_counter() - begin
+        with tempfile.TemporaryDirectory() as folder:
+            cubin = Path(folder, "kernel.cubin")
+            cubin.write_bytes(compiled.asm["cubin"])
+            (code,) = machine_code.read(cubin).values()
+        # A Python float that became fp64 may be folded away by ptxas and is a fault all the same.
+        in_ptx = len(re.findall(r"^\s*(?:@\S+ )?\w[\w.]*\.f64\b", compiled.asm["ptx"], re.M))
+        kernel = Kernel(
+            language="triton",
+            source=_relative(source),
+            name=case.name,
+            arch=self.arch,
+            compiler=compiler(),
+            registers=code.registers,
+            max_registers=case.max_registers,
+            shared_bytes=compiled.metadata.shared,
+            stack_bytes=code.stack_bytes,
+            local_bytes=code.local_bytes,
+            local_accesses=code.local_accesses,
+            fp64_instructions=max(code.fp64_instructions, in_ptx),
+            load_bytes=code.load_bytes,
+            store_bytes=code.store_bytes,
+        )
+        return [kernel], seconds
+
+
+def compiler() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"
+
+
+def reason_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'asyncopd[triton]')"
+    if os.environ.get("TRITON_INTERPRET", "0") != "0":
+        return "TRITON_INTERPRET is set, and an interpreted kernel cannot be compiled"
+    return None
+
+
+def modules() -> list[str]:
+    """Every module of kernels/ that has something to compile, in order; ValueError if a launched kernel has no case."""
+    files = sorted(path for path in (ROOT / "kernels").rglob("*.py") if path.name != "__init__.py")
+    names = [".".join((PACKAGE, *path.relative_to(ROOT / "kernels").with_suffix("").parts)) for path in files]
+    found = [name for name in names if hasattr(_import(name), "compile_cases")]
+    compiled = {case.kernel.__name__ for name in found for case in _cases(_import(name)).values()}
+    require_cases([path.read_text() for path in files], compiled)
+    return found
+
+
+def require_cases(sources: list[str], compiled: set[str]) -> None:
+    """ValueError if these modules launch a kernel of theirs that is not compiled: nobody would check it."""
+    defined = {function for source in sources for function in _jitted(source)}
+    launched = {function for source in sources for function in _launched(source)}
+    if missing := sorted((launched & defined) - compiled):
+        raise ValueError(f"kernels/: {', '.join(missing)} is launched and no compile_cases() has it")
+
+
+def _jitted(source: str) -> set[str]:
+    """Names of the functions that have a decorator triton.jit."""
+    functions = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef)]
+    return {f.name for f in functions if any(ast.unparse(d).startswith("triton.jit") for d in f.decorator_list)}
+
+
+def _launched(source: str) -> set[str]:
+    """X of every `X[...](...)`."""
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    return {ast.unparse(func.value).rsplit(".", 1)[-1] for func in calls if isinstance(func, ast.Subscript)}
+
+
+def jobs(module_names: list[str] | None = None, archs: tuple[int, ...] = ARCHS) -> list[TritonJob]:
+    names = modules() if module_names is None else module_names
+    return [TritonJob(name, case, arch) for name in names for case in _cases(_import(name)) for arch in archs]
+
+
+def _compile(case: Any, arch: int) -> Any:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    positions = {name: i for i, name in enumerate(case.signature)}
+    source = ASTSource(
+        fn=case.kernel,
+        signature=case.signature,
+        constexprs=case.constexprs,
+        attrs={(positions[name],): [["tt.divisibility", 16]] for name in case.divisible},
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def _cases(module: ModuleType) -> dict[str, Any]:
+    cases = module.compile_cases()
+    named = {case.name: case for case in cases}
+    if len(named) != len(cases):
+        raise ValueError(f"{module.__name__}.compile_cases(): two cases have one name")
+    return named
+
+
+def _import(name: str) -> ModuleType:
+    if name.startswith(PACKAGE):
+        _use_checkout()
+    return importlib.import_module(name)
+
+
+def _use_checkout() -> None:
+    """asyncopd.kernels is where the package was installed from, if it was; what is checked here is this checkout."""
+    folder = ROOT / "kernels"
+    if PACKAGE in sys.modules:
+        loaded = sys.modules[PACKAGE].__file__
+        if loaded is None or Path(loaded).parent.resolve() != folder:
+            raise RuntimeError(f"{PACKAGE} was imported from {loaded} before, expected {folder}")
+        return
+    spec = importlib.util.spec_from_file_location(
+        PACKAGE, folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    package = importlib.util.module_from_spec(spec)
+    sys.modules[PACKAGE] = package
+    spec.loader.exec_module(package)
+
+
+def _relative(module: ModuleType) -> str:
+    assert module.__file__ is not None
+    return Path(module.__file__).resolve().relative_to(ROOT).as_posix()
