@@ -111,7 +111,7 @@ def train(
     return summary
 
 
-_OPS = ("sample_support", "linear_gather_logprobs", "linear_gather_logits", "linear_logsumexp", "kl_rows")
+_OPS = ("sample_support", "linear_gather_logprobs", "linear_gather_logits", "linear_logsumexp", "kl_rows", "linear_kl")
 
 
 def _files_of_a_run(run_dir: Path) -> list[Path]:
