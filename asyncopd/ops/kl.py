@@ -49,9 +49,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 
 def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     (coef,) = ctx.saved_tensors
-    # where, not a product: a row that the caller dropped has gradient 0, even if its coefficients are NaN.
-    grad = torch.where(grad[:, None] == 0, 0.0, coef * grad[:, None])
-    return grad.to(ctx.dtype), *(None for _ in range(ctx.num_inputs - 1))
+    # Not a product alone: a row that the caller dropped has gradient 0, even if its coefficients are NaN.
+    dstudent = (coef * grad[:, None]).masked_fill_((grad == 0)[:, None], 0.0)
+    return dstudent.to(ctx.dtype), *(None for _ in range(ctx.num_inputs - 1))
 
 
 kl_rows.register_autograd(_gradient, setup_context=_save)
