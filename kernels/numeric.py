@@ -17,12 +17,6 @@ SQRT2 = tl.constexpr(1.4142135)
 
 
 @triton.jit
-def key_bits(dtype: tl.constexpr):
-    """Bits of an order key of this dtype."""
-    return dtype.primitive_bitwidth
-
-
-@triton.jit
 def lowest_key(dtype: tl.constexpr):
     """Below the key of every logit: the key of what is not there."""
     return -(1 << (dtype.primitive_bitwidth - 1))
@@ -45,16 +39,6 @@ def order_key(x):  # bf16, fp16 or fp32 -> int32
     key = tl.where(bits < 0, bits ^ magnitude, bits)
     key = tl.where((bits & magnitude) == 0, 0, key)
     return tl.where((bits & magnitude) > infinity, magnitude, key)
-
-
-@triton.jit
-def key_value(key, dtype: tl.constexpr):  # int32 -> fp32
-    """The logit of an order key (+0 for -0, some NaN for NaN)."""
-    bits_of_dtype: tl.constexpr = dtype.primitive_bitwidth
-    bits = tl.where(key < 0, key ^ ((1 << (bits_of_dtype - 1)) - 1), key)
-    if bits_of_dtype == 32:
-        return bits.to(tl.float32, bitcast=True)
-    return bits.to(tl.int16).to(dtype, bitcast=True).to(tl.float32)
 
 
 @triton.jit
