@@ -12,9 +12,17 @@ import importlib.util
 import torch
 
 if importlib.util.find_spec("triton") is not None:
+    from asyncopd.kernels.gather import gather_logprobs, gather_logprobs_backward
+    from asyncopd.kernels.sample import sample_support
     from asyncopd.kernels.topk import topk_logprobs
 
-    __all__ = ["topk_logprobs", "unavailable_reason"]
+    __all__ = [
+        "gather_logprobs",
+        "gather_logprobs_backward",
+        "sample_support",
+        "topk_logprobs",
+        "unavailable_reason",
+    ]
 
 
 def unavailable_reason() -> str | None:

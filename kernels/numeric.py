@@ -9,6 +9,7 @@ import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
+LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # log(2) in 17 bits, so that its product with an exponent is exact, and the rest.
 LN2_HIGH = tl.constexpr(0.693145751953125)
@@ -39,6 +40,16 @@ def order_key(x):  # bf16, fp16 or fp32 -> int32
     key = tl.where(bits < 0, bits ^ magnitude, bits)
     key = tl.where((bits & magnitude) == 0, 0, key)
     return tl.where((bits & magnitude) > infinity, magnitude, key)
+
+
+@triton.jit
+def to_storage(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):  # fp32 -> dtype
+    """Rounded to nearest, ties to even; the interpreter cuts bf16 off instead, so there it is rounded here."""
+    if INTERPRET and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, rounded, bits).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 @triton.jit
