@@ -18,7 +18,7 @@ from asyncopd.backends.reference.rows import check_ids_in_range
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import INTERPRET, Scale, check_ids, check_logits, on_device, padded
 from asyncopd.kernels.numeric import INF, LOG2E, NAN, log_ratio, logsumexp_of, row_logsumexp, to_storage
-from asyncopd.kernels.summary import GROUP, TILE_GROUPS, count_groups, row_start, shift_of, summarize
+from asyncopd.kernels.summary import TILE_GROUPS, count_groups, row_start, shift_of, summarize
 
 IDS = 128  # a program's ids
 TILE = 2048  # a program's columns in the backward pass

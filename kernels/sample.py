@@ -1,19 +1,16 @@
 """Draws from a row's distribution, with or without its head, by a two-level inverse CDF over the row summary.
 
-Two programs' work. A row's: sum the groups again that hold some of the head, without it (subtracting would leave the
-rounding of what is taken away); then the cumulative sum of the group masses. A block of draws': Philox numbers, a
-binary search for the group, a cumulative sum over its 64 logits.
+kernels/rest.py makes the cumulative sum of the group masses. A program here is a block of draws of one row: Philox
+numbers, a binary search for the group, a cumulative sum over its 64 logits.
 
-Masses are fixed point, not floats: 44 fractional bits of the largest probability that is left (fewer beyond 2^18
-columns), and 40 of the group's own largest inside a group. So every sum is exact in any order, a number u of 53 bits
-becomes a target floor(u * total) without rounding, and what has no mass is never drawn. What is inexact are the
-masses themselves: a group's from fp32 exponentials and their sum, to about 2e-7 of itself, and cutting off, at most
-2^-44 of the largest probability a group. So every step of the distribution function is within 3e-7 of its place, within
-1e-8 for the usual row, and 2e-10 of the mass can go missing; a draw can differ from another backend's only where its
-number falls that close to a step.
+A number u of 53 bits becomes a target floor(u * total) without rounding, and what has no mass is never drawn: masses
+are fixed point, inside a group with 40 fractional bits of its own largest. What is inexact are the masses themselves:
+a group's from fp32 exponentials and their sum, to about 2e-7 of itself. So every step of the distribution function is
+within 3e-7 of its place, within 1e-8 for the usual row, and cutting off loses at most 2e-10 of the mass; a draw can
+differ from another backend's only where its number falls that close to a step.
 
-Bytes of a row (V = 151,936, bf16) after the summary's: peaks and sums 14,244 read, the sums' cumulative sum 18,992
-written, 128 read again for each draw and each id of the head: with the summary, and the choice of 16 + 48, 1.20 reads.
+Bytes of a row (V = 151,936, bf16) after the summary's: peaks and sums 14,244 read, their cumulative sum 18,992 written,
+128 read again for each draw and each id of the head: with the summary, and the choice of 16 + 48, 1.20 reads.
 """
 
 import math
@@ -26,7 +23,7 @@ from torch import Tensor
 from asyncopd.backends.reference.rows import check_ids_in_range
 from asyncopd.backends.reference.sample import check_possible
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import Scale, check_logits, float_pair, on_device, padded, warps_for
+from asyncopd.kernels.launch import Scale, check_logits, float_pair, on_device, padded
 from asyncopd.kernels.numeric import (
     INF,
     NAN,
@@ -34,107 +31,17 @@ from asyncopd.kernels.numeric import (
     log_fixed,
     log_ratio,
     logsumexp_of,
-    order_key,
     row_logsumexp,
     sum_pair,
     to_fixed,
 )
-from asyncopd.kernels.summary import (
-    GROUP,
-    TILE_GROUPS,
-    count_groups,
-    irregular_summary,
-    row_start,
-    shift_of,
-    summarize,
-)
+from asyncopd.kernels.rest import head_end, in_head, launch_rest, rest_of_groups
+from asyncopd.kernels.summary import GROUP, TILE_GROUPS, count_groups, row_start, shift_of, summarize
 from asyncopd.kernels.topk import check_k, launch_topk
 
 DRAWS = 32  # a program's draws
-HEADS = 16  # ids of the head at a time
 TINY = tl.constexpr(2.0**-126)
 GROUP_SHIFT = tl.constexpr(40)
-
-
-@triton.jit
-def _in_head(
-    logit,  # of the logits' dtype
-    column,
-    last_key,  # of the last of the head
-    last_id,
-):
-    """The head is what comes before its last element, or is it, in the order (value descending, id ascending)."""
-    key = order_key(logit)
-    return tl.where(key == last_key, (column <= last_id).to(tl.int32), (key > last_key).to(tl.int32)) > 0
-
-
-@triton.jit
-def _head_end(logits, ids, head, HAS_HEAD: tl.constexpr):
-    """Key and id of the last of a row's head; above everything without one."""
-    if HAS_HEAD:
-        last = tl.load(ids + head - 1).to(tl.int32)
-        return order_key(tl.load(logits + last)), last
-    else:
-        return tl.full((), 2147483647, tl.int32), tl.full((), -1, tl.int32)
-
-
-@triton.jit
-def _rest_of_groups(logits, group, vocab, last_key, last_id, GROUP: tl.constexpr):  # group [n] -> fp32 [n, GROUP]
-    """Logits of groups; -inf outside the row and in its head."""
-    column = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    z = tl.load(logits + column, mask=column < vocab, other=-INF)
-    return tl.where(_in_head(z, column, last_key, last_id), -INF, z.to(tl.float32))
-
-
-@triton.jit
-def _rest_kernel(
-    logits,  # [N, V], unit column stride
-    ids,  # [N, out_stride] int64: the head comes first
-    peaks,  # [N, group_stride], the logits' dtype; the head's groups are overwritten
-    sums,  # [N, group_stride] fp32, likewise
-    cdf,  # [N, group_stride] int64
-    rest_peaks,  # [N] fp32: the largest logit left; NaN where a NaN is left
-    row_stride,
-    out_stride,
-    group_stride,
-    vocab,
-    groups,
-    head,
-    scale,
-    scale_low,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,  # a power of two, at least `groups`
-    HEADS: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HAS_HEAD: tl.constexpr,
-):
-    row = tl.program_id(0)
-    row_peaks, row_sums = row_start(peaks, row, group_stride), row_start(sums, row, group_stride)
-    if HAS_HEAD:
-        base, row_ids = row_start(logits, row, row_stride), row_start(ids, row, out_stride)
-        last_key, last_id = _head_end(base, row_ids, head, HAS_HEAD)
-        for start in range(0, tl.cdiv(head, HEADS) * HEADS, HEADS):
-            at = start + tl.arange(0, HEADS)
-            # A group that holds several of the head is summed as often, to the same result.
-            group = tl.load(row_ids + at, mask=at < head, other=0).to(tl.int32) // GROUP
-            z = _rest_of_groups(base, group, vocab, last_key, last_id, GROUP)
-            peak, total = irregular_summary(z, scale)
-            tl.store(row_peaks + group, peak.to(peaks.dtype.element_ty), mask=at < head)
-            tl.store(row_sums + group, total, mask=at < head)
-        tl.debug_barrier()
-    # What lies between `groups` and the stride is read and thrown away: so loads are wide.
-    group = tl.arange(0, GROUPS)
-    peak = tl.load(row_peaks + group, mask=group < group_stride, other=0.0).to(tl.float32)
-    total = tl.load(row_sums + group, mask=group < group_stride, other=0.0)
-    total = tl.where(group < groups, total, 0.0)
-    broken = tl.max((total != total).to(tl.int32), axis=0)
-    peak = tl.where(total > 0.0, peak, -INF)
-    top = tl.max(peak, axis=0)
-    mass = tl.where(total > 0.0, total, 0.0) * exp_scaled(peak - tl.where(top == -INF, 0.0, top), scale, scale_low)
-    # Where NaN or +inf is left, draws are uniform and nobody reads this.
-    mass = tl.where(tl.where(broken > 0, INF, top) < INF, mass, 0.0)
-    tl.store(row_start(cdf, row, group_stride) + group, tl.cumsum(to_fixed(mass, SHIFT), axis=0), mask=group < groups)
-    tl.store(rest_peaks + row, tl.where(broken > 0, NAN, top))
 
 
 @triton.jit
@@ -210,7 +117,7 @@ def _draw_kernel(
     row, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     base, row_ids = row_start(logits, row, row_stride), row_start(ids, row, out_stride)
     row_cdf = row_start(cdf, row, group_stride)
-    last_key, last_id = _head_end(base, row_ids, head, HAS_HEAD)
+    last_key, last_id = head_end(base, row_ids, head, HAS_HEAD)
     draw = block * DRAWS + tl.arange(0, DRAWS)
     if HAS_STREAMS:
         u = uniform_bits(tl.load(streams + row), tl.full((), 0, tl.int64), draw)
@@ -234,7 +141,7 @@ def _draw_kernel(
     mass = tl.maximum(mass, 1)
     within = ratio(tl.minimum(tl.maximum(target - before, 0), mass - 1), mass)
 
-    z = _rest_of_groups(base, group, vocab, last_key, last_id, GROUP)
+    z = rest_of_groups(base, group, vocab, last_key, last_id, GROUP)
     peak = tl.max(z, axis=1)
     origin = tl.where(tl.abs(peak) < INF, peak, 0.0)
     masses = exp_scaled(z - origin[:, None], scale, scale_low)
@@ -246,7 +153,7 @@ def _draw_kernel(
     if HAS_SAMPLED:
         own = tl.load(sampled_ids + row).to(tl.int64)
         own = tl.where((own >= 0) & (own < vocab), own, 0)
-        keep = _in_head(tl.load(base + own), own, last_key, last_id)
+        keep = in_head(tl.load(base + own), own, last_key, last_id)
         token = tl.where(tl.where(draw == 0, keep.to(tl.int32), 1) == 0, own, token)
 
     # log w = log(rest) - log M - z / T, and log mu = z / T - LSE.
@@ -303,33 +210,10 @@ def sample_support(
         launch_topk(logits, summary, head, scale, ids, logprobs, lse)
     if rows == 0 or num_samples == 0:
         return ids, log_weights, logprobs, lse
-    groups, stride = count_groups(vocab), summary.peaks.stride(0)
-    block, shift, blocks = padded(groups, 64), shift_of(vocab), triton.cdiv(num_samples, DRAWS)
-    cdf = torch.empty((rows, stride), dtype=torch.int64, device=device)
-    rest_peaks = torch.empty(rows, dtype=torch.float32, device=device)
+    cdf, rest_peaks = launch_rest(logits, summary, ids, head, scale)
+    groups, blocks = count_groups(vocab), triton.cdiv(num_samples, DRAWS)
+    block = padded(groups, 64)
     with on_device(logits):
-        _rest_kernel[(rows,)](
-            logits,
-            ids,
-            summary.peaks,
-            summary.sums,
-            cdf,
-            rest_peaks,
-            logits.stride(0),
-            ids.stride(0),
-            stride,
-            vocab,
-            groups,
-            head,
-            scale.scale,
-            scale.scale_low,
-            GROUP,
-            block,
-            HEADS,
-            shift,
-            head > 0,
-            num_warps=warps_for(block, 16),
-        )
         _draw_kernel[(rows * blocks,)](
             logits,
             cdf,
@@ -344,7 +228,7 @@ def sample_support(
             lse,
             logits.stride(0),
             ids.stride(0),
-            stride,
+            cdf.stride(0),
             vocab,
             groups,
             summary.tiles,
@@ -360,7 +244,7 @@ def sample_support(
             block.bit_length() - 1,
             padded(summary.tiles, 1),
             DRAWS,
-            shift,
+            shift_of(vocab),
             head > 0,
             streams is not None,
             sampled_ids is not None,
@@ -381,34 +265,6 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for dtype in ("bf16", "fp16", "fp32"):
         for name, has_head in (("plain", False), ("head", True)):
-            rest = CompileCase(
-                name=f"sample-rest-{name}-{dtype}",
-                kernel=_rest_kernel,
-                signature={
-                    "logits": f"*{dtype}",
-                    "ids": "*i64",
-                    "peaks": f"*{dtype}",
-                    "sums": "*fp32",
-                    "cdf": "*i64",
-                    "rest_peaks": "*fp32",
-                    **dict.fromkeys(("row_stride", "out_stride", "group_stride", "vocab", "groups", "head"), "i32"),
-                    **dict.fromkeys(("scale", "scale_low"), "fp32"),
-                    **dict.fromkeys(("GROUP", "GROUPS", "HEADS", "SHIFT", "HAS_HEAD"), "constexpr"),
-                },
-                constexprs={
-                    "GROUP": GROUP,
-                    "GROUPS": block,
-                    "HEADS": HEADS,
-                    "SHIFT": shift_of(vocab),
-                    "HAS_HEAD": has_head,
-                },
-                num_warps=warps_for(block, 16),
-                max_registers=128,
-                divisible=(
-                    *("logits", "ids", "peaks", "sums", "cdf", "rest_peaks"),
-                    *("row_stride", "out_stride", "group_stride", "vocab"),
-                ),
-            )
             draw = CompileCase(
                 name=f"sample-draw-{name}-{dtype}",
                 kernel=_draw_kernel,
@@ -442,5 +298,5 @@ def compile_cases() -> list[CompileCase]:
                     *("log_weights", "logprobs", "lse", "row_stride", "out_stride", "group_stride", "vocab"),
                 ),
             )
-            cases += [rest, draw]
+            cases.append(draw)
     return cases

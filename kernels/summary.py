@@ -110,9 +110,9 @@ def _summary_kernel(
 
 
 class Summary(NamedTuple):
-    """tile_peaks and tile_sums [N, tiles]; peaks and sums [N, stride] (empty where not asked for), stride: groups or more.
+    """tile_peaks and tile_sums [N, tiles]; peaks and sums [N, stride], empty where not asked for.
 
-    Rows of groups begin at multiples of 16 elements, for the wide loads of whoever reads them.
+    The stride is the number of groups, rounded up to a multiple of 16 for the wide loads of whoever reads them.
     """
 
     peaks: Tensor

@@ -7,8 +7,11 @@ ascending): a better element's group has a better peak, or an equal one and a sm
 
 so no step chooses among more than max(V / 64, 8 K) keys, all in registers, and a row of equal logits costs what any
 other does. One program a row, the first choice in a kernel of its own: it takes 8 warps where the rest (K = 64) takes
-2, and a program's registers are those of its largest step. A choice is the K-th largest key, found by bisection between bounds
-that narrow from step to step (7 to 9 counts each in bf16, 23 in fp32, for usual rows), and one cumulative sum that places what is above it and the first of what equals it; nothing is sorted, ranks are counted (K^2 compares).
+2, and a program's registers are those of its largest step.
+
+A choice is the K-th largest key, found by bisection between bounds that narrow from step to step (7 to 9 counts each in
+bf16, 23 in fp32, for usual rows), and one cumulative sum that places what is above it and the first of what equals it.
+Nothing is sorted; ranks are counted (K^2 compares).
 
 NaN comes first, -0 equals +0. Bytes of a row (V = 151,936, bf16, K = 64) after the summary's: peaks 4,748 and tiles
 304 read, 8,192 of logits read again twice over (the second time an eighth, from L1): with the summary 1.07 reads.
@@ -174,12 +177,16 @@ def _topk_kernel(
     for start in range(0, K, RIVALS):
         rival_at = start + tl.arange(0, RIVALS)
         rival = tl.load(final + rival_at)
-        wins = (rival[None, :] > key[:, None]) | (
-            (rival[None, :] == key[:, None]) & (rival_at[None, :] < at[:, None])
-        )
+        wins = (rival[None, :] > key[:, None]) | ((rival[None, :] == key[:, None]) & (rival_at[None, :] < at[:, None]))
         rank += tl.sum(wins.to(tl.int32), axis=1)
     top, log_high, log_low = row_logsumexp(
-        tile_peaks + row.to(tl.int64) * tiles, tile_sums + row.to(tl.int64) * tiles, tiles, scale, scale_low, TILES, SHIFT
+        tile_peaks + row.to(tl.int64) * tiles,
+        tile_sums + row.to(tl.int64) * tiles,
+        tiles,
+        scale,
+        scale_low,
+        TILES,
+        SHIFT,
     )
     out = row.to(tl.int64) * out_stride + rank
     tl.store(ids + out, column.to(tl.int64), mask=at < k)
@@ -320,7 +327,8 @@ def compile_cases() -> list[CompileCase]:
             for find_subs, find_top in blocks.steps():
                 cases.append(
                     CompileCase(
-                        name=f"topk-{dtype}-k{k}" + ("" if find_subs and find_top else "-subs" if find_subs else "-top"),
+                        name=f"topk-{dtype}-k{k}"
+                        + ("" if find_subs and find_top else "-subs" if find_subs else "-top"),
                         kernel=_topk_kernel,
                         signature={
                             "logits": f"*{dtype}",

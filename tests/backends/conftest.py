@@ -1,7 +1,7 @@
 """The kernels' own tests: C++ on every instruction set of this machine, Triton on a GPU or through its interpreter.
 
-Where nothing was compiled there are no tests of C++ (tests/test_build.py fails there, so that a lost build cannot pass in
-silence). On a machine without a GPU, test_triton_interpreter.py runs Triton's in a process of their own.
+Where nothing was compiled there are no tests of C++ (tests/test_build.py fails there, so that a lost build cannot pass
+in silence). On a machine without a GPU, test_triton_interpreter.py runs Triton's in a process of their own.
 """
 
 import pytest

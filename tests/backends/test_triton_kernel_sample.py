@@ -122,7 +122,7 @@ def test_a_draw_of_weight_one_does_not_look_like_the_head() -> None:
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**31, -(2**31), 2**32 - 1, 2**63 - 1, -(2**63)])
 def test_a_seed_is_two_words(seed: int) -> None:
     low, high = _signed_word(seed), _signed_word(seed >> 32)
-    assert -(2**31) <= min(low, high)
+    assert min(low, high) >= -(2**31)
     assert max(low, high) < 2**31
     assert (high << 32) + (low & 0xFFFFFFFF) == seed
 
