@@ -164,7 +164,7 @@ def compile_cases() -> list[CompileCase]:
                 "HAS_HEAD": has_head,
             },
             num_warps=warps_for(block, 16),
-            max_registers=128,
+            max_registers=96,
             divisible=(
                 *("logits", "ids", "peaks", "sums", "cdf", "rest_peaks"),
                 *("row_stride", "out_stride", "group_stride", "vocab"),

@@ -292,7 +292,7 @@ def compile_cases() -> list[CompileCase]:
                     "HAS_SAMPLED": has_head,
                 },
                 num_warps=4,
-                max_registers=128,
+                max_registers=72,
                 divisible=(
                     *("logits", "cdf", "rest_peaks", "tile_peaks", "tile_sums", "streams", "sampled_ids", "ids"),
                     *("log_weights", "logprobs", "lse", "row_stride", "out_stride", "group_stride", "vocab"),

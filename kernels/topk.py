@@ -318,7 +318,7 @@ def compile_cases() -> list[CompileCase]:
                 },
                 constexprs={"GROUPS": block, "BOUND": work_size(64)[1]},
                 num_warps=warps_for(block, 16),
-                max_registers=128,
+                max_registers=96,
                 divisible=("peaks", "work", "group_stride", "work_stride"),
             )
         )
@@ -355,7 +355,7 @@ def compile_cases() -> list[CompileCase]:
                             "FIND_TOP": find_top,
                         },
                         num_warps=blocks.num_warps,
-                        max_registers=128,
+                        max_registers=80 if k <= 256 else 128,
                         divisible=(
                             *("logits", "tile_peaks", "tile_sums", "work", "ids", "logprobs", "lse"),
                             *("row_stride", "work_stride", "vocab"),

@@ -51,6 +51,14 @@ install_torch() {
     fi
 }
 
+# For the kernels' tests, which its interpreter runs without a GPU. A CUDA build of torch has brought its own, and that
+# one stays; a platform that has none goes without those tests.
+install_triton() {
+    if [ "$(uname -s)" = Linux ] && ! "$python" -c "import importlib.metadata as m; m.version('triton')" 2>/dev/null; then
+        pip install --quiet -r triton.txt || echo "asyncopd: no triton for this machine; its kernels' tests are skipped"
+    fi
+}
+
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 
 folder=$1
@@ -63,3 +71,4 @@ is_recent "$python" || die "$folder holds $("$python" --version); remove the fol
 install_torch
 echo "asyncopd: installing the packages of requirements/lock.txt into $folder"
 pip install --quiet -r lock.txt
+install_triton

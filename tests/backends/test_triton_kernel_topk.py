@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from each_backend import DEVICES
 from torch import Tensor
 
 from asyncopd.kernels import topk_logprobs
 from asyncopd.kernels.launch import Scale
 from asyncopd.kernels.summary import GROUP, MAX_VOCAB, summarize
+from asyncopd.kernels.topk import store_best
 
 DEVICE = DEVICES["triton"]
 INF, NAN = float("inf"), float("nan")
@@ -25,6 +28,26 @@ def check(logits: Tensor, k: int, temperature: float = 1.0, atol: float = 2e-6) 
     log_p = torch.where((z.gather(1, ids) == -INF) & ~exact.isnan()[:, None], -INF, log_p)
     torch.testing.assert_close(lse.double(), exact, rtol=2**-23, atol=atol, equal_nan=True)
     torch.testing.assert_close(logprobs.double(), log_p, rtol=2**-23, atol=atol, equal_nan=True)
+
+
+@triton.jit
+def _best(keys, out, lowest, count, BLOCK: tl.constexpr):
+    least = store_best(out, tl.load(keys + tl.arange(0, BLOCK)), tl.load(lowest), count, BLOCK)
+    tl.store(out + BLOCK, least)
+
+
+@pytest.mark.parametrize("values", [3, 40, 2**31 - 1])
+@pytest.mark.parametrize("count", [1, 5, 127, 128])
+def test_a_choice_is_the_first_of_the_largest_in_their_order(rng: torch.Generator, values: int, count: int) -> None:
+    keys = torch.randint(-values, values, (128,), generator=rng, dtype=torch.int32)
+    largest = torch.sort(keys, descending=True, stable=True).indices[:count].sort().values.int()
+    # From any bound that is low enough, nothing past the count is written.
+    for lowest in (-(2**31), int(keys[largest.long()].min())):
+        out = torch.full((129,), -7, dtype=torch.int32, device=DEVICE)
+        _best[(1,)](keys.to(DEVICE), out, torch.tensor([lowest], dtype=torch.int32, device=DEVICE), count, 128)
+        assert torch.equal(out[:count].cpu(), largest)
+        assert (out[count:128] == -7).all()
+        assert out[128].item() == keys[largest.long()].min()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
