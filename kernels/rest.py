@@ -87,7 +87,7 @@ def _rest_kernel(
             tl.store(row_peaks + group, peak.to(peaks.dtype.element_ty), mask=at < head)
             tl.store(row_sums + group, total, mask=at < head)
         tl.debug_barrier()
-    # What lies between `groups` and the stride is read and thrown away: so loads are wide.
+    # What lies between `groups` and the stride is read and thrown away, and written: so accesses are wide.
     group = tl.arange(0, GROUPS)
     peak = tl.load(row_peaks + group, mask=group < group_stride, other=0.0).to(tl.float32)
     total = tl.load(row_sums + group, mask=group < group_stride, other=0.0)
@@ -98,7 +98,9 @@ def _rest_kernel(
     mass = tl.where(total > 0.0, total, 0.0) * exp_scaled(peak - tl.where(top == -INF, 0.0, top), scale, scale_low)
     # Where NaN or +inf is left, draws are uniform and nobody reads this.
     mass = tl.where(tl.where(broken > 0, INF, top) < INF, mass, 0.0)
-    tl.store(row_start(cdf, row, group_stride) + group, tl.cumsum(to_fixed(mass, SHIFT), axis=0), mask=group < groups)
+    tl.store(
+        row_start(cdf, row, group_stride) + group, tl.cumsum(to_fixed(mass, SHIFT), axis=0), mask=group < group_stride
+    )
     tl.store(rest_peaks + row, tl.where(broken > 0, NAN, top))
 
 

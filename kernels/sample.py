@@ -10,7 +10,7 @@ within 3e-7 of its place, within 1e-8 for the usual row, and cutting off loses a
 differ from another backend's only where its number falls that close to a step.
 
 Bytes of a row (V = 151,936, bf16) after the summary's: peaks and sums 14,244 read, their cumulative sum 18,992 written,
-128 read again for each draw and each id of the head: with the summary, and the choice of 16 + 48, 1.20 reads.
+128 read again for each draw and each id of the head: with the summary, and the choice of 16 + 48, 1.21 reads.
 """
 
 import math

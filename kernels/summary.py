@@ -11,7 +11,7 @@ compute hide behind those that load.
 
 Bytes of a row of V = 151,936 in bf16: read 303,872; peaks 4,748, sums 9,496, tiles 304 written: 1.02 reads with the
 peaks, 1.05 with peaks and sums. Groups of 128 would halve what is written, and double what is read again for K groups
-(64 to a row: 8,192 bytes now): 27,688 bytes against 19,192 in all for the top 64.
+(64 to a row: 8,192 bytes now): 21,132 bytes against 17,688 in all for the top 64.
 
 A group measures from its own largest logit, so none underflows because another is large. NaN and +inf show as a NaN sum
 (inf - inf); only then is a tile looked at again: peak and sum are NaN where the group holds a NaN; where it holds

@@ -14,7 +14,7 @@ bf16, 23 in fp32, for usual rows), and one cumulative sum that places what is ab
 Nothing is sorted; ranks are counted (K^2 compares).
 
 NaN comes first, -0 equals +0. Bytes of a row (V = 151,936, bf16, K = 64) after the summary's: peaks 4,748 and tiles
-304 read, 8,192 of logits read again twice over (the second time an eighth, from L1): with the summary 1.07 reads.
+304 read, 8,192 of logits read again twice over (the second time an eighth, from L1): with the summary 1.08 reads.
 """
 
 from typing import NamedTuple
