@@ -1,13 +1,36 @@
 """Triton kernels, one family a file; installed and imported as `asyncopd.kernels`.
 
-This version has none yet: on a GPU, ops run on another backend.
+Functions named as ops are what the `triton` backend runs; each has the reference's arguments. They launch on the
+tensors' device and its current stream, without synchronising. TRITON_INTERPRET=1, set before the first import, runs
+them on the CPU, slowly, for tests.
+
+Not yet run on a GPU: interpreted, compiled ahead of time and inspected, nothing more.
 """
 
 import importlib.util
+
+import torch
+
+if importlib.util.find_spec("triton") is not None:
+    from asyncopd.kernels.gather import gather_logprobs, gather_logprobs_backward
+    from asyncopd.kernels.sample import sample_support
+    from asyncopd.kernels.topk import topk_logprobs
+
+    __all__ = [
+        "gather_logprobs",
+        "gather_logprobs_backward",
+        "sample_support",
+        "topk_logprobs",
+        "unavailable_reason",
+    ]
 
 
 def unavailable_reason() -> str | None:
     """Why the `triton` backend cannot run an op here, as a sentence; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'asyncopd[triton]')"
-    return "this version of asyncopd has no Triton kernels yet"
+    from asyncopd.kernels.launch import INTERPRET
+
+    if not INTERPRET and not torch.cuda.is_available():
+        return "torch finds no CUDA device (with TRITON_INTERPRET=1 the kernels run on the CPU, slowly)"
+    return None

@@ -1,11 +1,13 @@
 """What a test that runs on every backend is given: see the fixtures of conftest.py."""
 
+import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-DEVICES = {"triton": "cuda", "cuda": "cuda"}
+# Triton's interpreter takes CPU tensors.
+DEVICES = {"triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "cuda": "cuda"}
 # fp64: rounding of a few hundred terms. fp32: the same, 2^29 times larger, seen through one exp and one log.
 TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (3e-5, 3e-6)}
 

@@ -17,9 +17,10 @@ _MODULES = {
     "cuda": "asyncopd.backends.cuda",
 }
 BACKENDS = tuple(_MODULES)
-_DEVICE = {"cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
-# Chosen without being asked for, best first. The CUDA kernel has been compiled but not yet run on a device, so it is
-# used only when ASYNCOPD_BACKEND names it.
+# Triton's interpreter takes the place of a device.
+_DEVICE = {"cpu": "cpu", "triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "cuda": "cuda"}
+# Chosen without being asked for, best first. The CUDA and Triton kernels have been compiled but not yet run on a
+# device, so they are used only when ASYNCOPD_BACKEND names them.
 _AUTOMATIC = ("cpu",)
 
 

@@ -1,13 +1,18 @@
-"""The kernels' own tests run on every instruction set of this machine; where nothing was compiled there are none.
+"""The kernels' own tests: C++ on every instruction set of this machine, Triton on a GPU or through its interpreter.
 
-(tests/test_build.py fails there, so that a lost build cannot pass in silence.)
+Where nothing was compiled there are no tests of C++ (tests/test_build.py fails there, so that a lost build cannot pass
+in silence). On a machine without a GPU, test_triton_interpreter.py runs Triton's in a process of their own.
 """
 
 import pytest
 
+from asyncopd import backends
 from asyncopd.backends import native
 
-collect_ignore_glob = ["test_cpu_*.py"] if native.unavailable_reason() else []
+collect_ignore_glob = [
+    *(["test_cpu_*.py"] if native.unavailable_reason() else []),
+    *(["test_triton_kernel_*.py"] if backends.unavailable_reason("triton") else []),
+]
 
 
 @pytest.fixture(params=() if native._C is None else native._C.cpu_isas())

@@ -51,7 +51,7 @@ def sample_support(
             if sampled_ids is not None:
                 token = sampled_ids[rows].long()
                 check_ids_in_range(token, vocab, "sampled_ids", pads=False)
-                _check_possible(z, token)
+                check_possible(z, token)
                 in_head = (ids[rows, :head] == token[:, None]).any(dim=1)
                 drawn[:, 0] = torch.where(in_head, drawn[:, 0], token)
             empty = (rest_lse == -torch.inf)[:, None]
@@ -81,7 +81,7 @@ def _inverse_cdf(z: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(cdf, target, right=True), lse
 
 
-def _check_possible(z: Tensor, token: Tensor) -> None:
+def check_possible(z: Tensor, token: Tensor) -> None:
     """On a CPU: a rollout's own token that its policy could not have written has no weight; say so."""
     if z.device.type != "cpu":
         return

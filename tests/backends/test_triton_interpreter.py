@@ -1,0 +1,56 @@
+"""Triton kernels on a machine without a GPU: their own tests and the shared ones, through Triton's interpreter.
+
+The interpreter is chosen when the kernels are imported, so it gets a process of its own.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from asyncopd import backends
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).parents[2]
+
+# A program takes 5 to 20 ms there, so shared tests of thousands of them stay out.
+SHARED = "triton and not (thread_count or do_not_collide or transposed or (strides_are_followed and sample))"
+FILES = {
+    "own": (["tests/backends/test_triton_kernel_numeric.py", "tests/backends/test_triton_kernel_topk.py"], "", 40),
+    "own-draws": (
+        ["tests/backends/test_triton_kernel_gather.py", "tests/backends/test_triton_kernel_sample.py"],
+        "",
+        15,
+    ),
+    "shared": (
+        [
+            "tests/ops/test_topk.py",
+            "tests/ops/test_gather.py",
+            "tests/ops/test_sample_edges.py",
+            "tests/ops/test_sample_streams.py",
+        ],
+        SHARED,
+        50,
+    ),
+}
+
+
+@pytest.mark.skipif(os.environ.get("ASYNCOPD_SANITIZE") == "1", reason="nothing here is instrumented")
+@pytest.mark.skipif(backends.unavailable_reason("triton") is None, reason="the kernels run in this process")
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_pass_through_the_interpreter(name: str) -> None:
+    files, selection, at_least = FILES[name]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", "-k", selection, *files]
+    # Measured line by line, the interpreter takes twice as long, and the kernels' lines are not counted anyway.
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
+    environment = {**inherited, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+    assert run.returncode == 0, run.stdout + run.stderr
+    # A selection that no longer matches must not pass.
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= at_least, run.stdout
