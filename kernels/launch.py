@@ -2,6 +2,7 @@
 
 import math
 import os
+import struct
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 # Decided when Triton decorates the kernels, so it is read once.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+LARGEST = torch.finfo(torch.float32).max
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -24,18 +26,17 @@ class Scale(NamedTuple):
 
     @classmethod
     def of(cls, temperature: float) -> "Scale":
-        return cls(*_float_pair(1.0 / temperature), *_float_pair(math.log2(math.e) / temperature))
-
-
-def _float_pair(value: float) -> tuple[float, float]:
-    """An fp64 number as two fp32 ones; the largest finite one where it is too large for either."""
-    largest = torch.finfo(torch.float32).max
-    high = float(torch.tensor(min(value, largest), dtype=torch.float32))
-    return high, float(torch.tensor(value - high if value < largest else 0.0, dtype=torch.float32))
+        return cls(*float_pair(1.0 / temperature), *float_pair(math.log2(math.e) / temperature))
 
 
 def float_pair(value: float) -> tuple[float, float]:
-    return _float_pair(value)
+    """An fp64 number as the sum of two fp32 ones; the largest finite one where it is too large."""
+    high = _as_fp32(min(value, LARGEST))
+    return high, _as_fp32(value - high) if value < LARGEST else 0.0
+
+
+def _as_fp32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def check_logits(logits: Tensor, temperature: float) -> Tensor:
