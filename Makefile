@@ -23,7 +23,7 @@ help: ## this list
 
 setup: $(BUILD) ## .venv with pinned packages and the compiled extension
 
-$(ENVIRONMENT): requirements/lock.txt requirements/torch.txt requirements/triton.txt requirements/setup_venv.sh
+$(ENVIRONMENT): requirements/lock.txt requirements/torch.txt requirements/setup_venv.sh
 	PYTHON="$(PYTHON)" TORCH="$(TORCH)" requirements/setup_venv.sh "$(VENV)"
 	@touch $@
 
