@@ -12,7 +12,7 @@ import torch
 from bench import cases
 from bench.cases import Case
 from bench.families import COMPILED, EAGER, FAMILIES, LIMIT, OURS
-from bench.families.kl import FORWARD
+from bench.families.kl import METRICS
 from bench.gates import Bound, GateLost, hold, reason_not_comparable
 from bench.inputs import HeadInputs, head_inputs
 from bench.measure import Call, Timing, peak_extra_bytes
@@ -83,11 +83,11 @@ def test_gather_is_accurate_and_faster_than_torch(report_timing: Report) -> None
     "an entry takes two exponentials (w p, and w q for the teacher's mass), a ratio's bin, a share of row sums",
 )
 def test_loss_time(report_timing: Report) -> None:
-    gate(cases.KL, [Bound(FORWARD, LIMIT, 2.0)], report_timing)
+    gate(cases.KL, [Bound(METRICS, LIMIT, 2.0)], report_timing)
 
 
 def test_loss_memory() -> None:
-    forward = prepared(cases.KL, FORWARD)[FORWARD].call
+    forward = prepared(cases.KL, METRICS)[METRICS].call
     assert forward is not None
     coefficients = 4 * cases.KL.rows * cases.KL.k
     peak = peak_extra_bytes(forward, DEVICE)

@@ -19,6 +19,7 @@ class LossSpec:
     """The options of one loss, as the public functions have checked them. Forward KL reads `tail` alone.
 
     head_is_certain: entries of log-weight exactly 0 were not drawn (top-k, the head of head + tail).
+    metrics: they are wanted; an empty tensor is returned otherwise.
     needs_policy: log mu = -log M - log w is meaningful (M-sample supports); every correction asks for it.
     Raises: ValueError for an unknown word.
     """
@@ -34,6 +35,7 @@ class LossSpec:
     clip_eps: float | None = None
     m2_budget: float | None = None
     proximal_cap: float = 5.0
+    metrics: bool = True
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -55,7 +57,8 @@ class LossSpec:
 # An operator takes no dataclass: these are the fields of LossSpec in the language of torch.library.
 SPEC_SCHEMA = (
     "str divergence, str normalize, str tail, str baseline, bool head_is_certain, bool needs_policy, str advantage, "
-    "float? ratio_cap, float? clip_eps, float? m2_budget, float proximal_cap"
+    "float? ratio_cap, float? clip_eps, float? m2_budget, float proximal_cap, "
+    "bool metrics"
 )
 SPEC_FIELDS = tuple(argument.split()[-1] for argument in SPEC_SCHEMA.split(","))
 

@@ -58,7 +58,7 @@ def reverse_kl(
     _check_scores(student_logprobs, support)
     check_reduction(reduction, num_items_in_batch)
     mask = checks.check_mask(mask, student_logprobs, "student_logprobs")
-    spec = reverse_spec(support, normalize, tail, baseline, correction)
+    spec = reverse_spec(support, normalize, tail, baseline, correction, return_metrics)
     rows, metrics = kl_of_scores(student_logprobs, support, mask, proximal_of(correction), spec)
     loss = reduce_rows(rows, mask, reduction, num_items_in_batch)
     return (loss, metrics) if return_metrics else loss
@@ -83,12 +83,15 @@ def forward_kl(
     _check_scores(student_logprobs, support)
     check_reduction(reduction, num_items_in_batch)
     mask = checks.check_mask(mask, student_logprobs, "student_logprobs")
-    rows, metrics = kl_of_scores(student_logprobs, support, mask, None, forward_spec(support, tail))
+    spec = forward_spec(support, tail, return_metrics)
+    rows, metrics = kl_of_scores(student_logprobs, support, mask, None, spec)
     loss = reduce_rows(rows, mask, reduction, num_items_in_batch)
     return (loss, metrics) if return_metrics else loss
 
 
-def reverse_spec(support: Support, normalize: str, tail: str, baseline: str, correction: Correction | None) -> LossSpec:
+def reverse_spec(
+    support: Support, normalize: str, tail: str, baseline: str, correction: Correction | None, metrics: bool
+) -> LossSpec:
     """The options of `reverse_kl`, checked against each other and against the support."""
     _check_tail(tail, support)
     checks.check_choice("normalize", normalize, get_args(Normalize))
@@ -120,13 +123,14 @@ def reverse_spec(support: Support, normalize: str, tail: str, baseline: str, cor
         clip_eps=c.clip_eps,
         m2_budget=c.m2_budget,
         proximal_cap=c.proximal_cap,
+        metrics=metrics,
     )
 
 
-def forward_spec(support: Support, tail: str) -> LossSpec:
+def forward_spec(support: Support, tail: str, metrics: bool) -> LossSpec:
     """The options of `forward_kl`, checked."""
     _check_tail(tail, support)
-    return LossSpec(divergence="forward", tail=tail, head_is_certain=_head_is_certain(support))
+    return LossSpec(divergence="forward", tail=tail, head_is_certain=_head_is_certain(support), metrics=metrics)
 
 
 def proximal_of(correction: Correction | None) -> Tensor | None:
@@ -140,7 +144,7 @@ def _head_is_certain(support: Support) -> bool:
 
 def kl_of_scores(
     student: Tensor, support: Support, mask: Tensor | None, proximal: Tensor | None, spec: LossSpec
-) -> tuple[Tensor, LossMetrics]:
+) -> tuple[Tensor, LossMetrics | None]:
     """Row losses [N] from scores [N, K] at the support's ids."""
     rows, _, metrics = kl_rows(
         student,
@@ -151,7 +155,7 @@ def kl_of_scores(
         proximal,
         *spec.arguments(),
     )
-    return rows, LossMetrics(*metrics.unbind())
+    return rows, LossMetrics(*metrics.unbind()) if spec.metrics else None
 
 
 def _check_scores(scores: Tensor, support: Support) -> None:

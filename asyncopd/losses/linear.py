@@ -58,7 +58,7 @@ def linear_reverse_kl(
     Raises: TypeError, ValueError naming the argument.
     """
     check_support(support)
-    spec = reverse_spec(support, normalize, tail, baseline, correction)
+    spec = reverse_spec(support, normalize, tail, baseline, correction, return_metrics)
     return _linear_kl(
         hidden,
         lm_head_weight,
@@ -70,7 +70,6 @@ def linear_reverse_kl(
         proximal_of(correction),
         reduction,
         num_items_in_batch,
-        return_metrics,
     )
 
 
@@ -98,11 +97,10 @@ def linear_forward_kl(
         support,
         mask,
         (temperature, logit_scale, softcap),
-        forward_spec(support, tail),
+        forward_spec(support, tail, return_metrics),
         None,
         reduction,
         num_items_in_batch,
-        return_metrics,
     )
 
 
@@ -117,7 +115,6 @@ def _linear_kl(
     proximal: Tensor | None,
     reduction: str,
     num_items: int | float | Tensor | None,
-    return_metrics: bool,
 ) -> Any:
     check_reduction(reduction, num_items)
     mask = checks.check_mask(mask, hidden, "hidden")
@@ -133,7 +130,7 @@ def _linear_kl(
         scores = gather_from_head(hidden, weight, support.ids, mask, work, bias, *scalars)
         rows, metrics = kl_of_scores(scores, support, mask, proximal, spec)
         loss = reduce_rows(rows, mask, reduction, num_items)
-    return (loss, metrics) if return_metrics else loss
+    return (loss, metrics) if spec.metrics else loss
 
 
 def _head_work(spec: LossSpec) -> str:
@@ -157,7 +154,7 @@ def _with_gradients(
     proximal: Tensor | None,
     reduction: str,
     num_items: int | float | Tensor | None,
-) -> tuple[Tensor, LossMetrics]:
+) -> tuple[Tensor, LossMetrics | None]:
     """The scalar loss by the op that makes its gradients in the forward."""
     hidden, weight, bias = prepare_head(hidden, weight, bias, *scalars)
     checks.check_ids("ids", support.ids, hidden, "hidden")
@@ -182,7 +179,7 @@ def _with_gradients(
         weight.requires_grad,
         *spec.arguments(),
     )
-    return loss, LossMetrics(*metrics.unbind())
+    return loss, LossMetrics(*metrics.unbind()) if spec.metrics else None
 
 
 class _LinearLoss(nn.Module):

@@ -31,12 +31,20 @@ def kl_rows(
 
 
 @kl_rows.register_fake
-def _(student: Tensor, teacher: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    student: Tensor,
+    teacher: Tensor,
+    log_weights: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    proximal: Tensor | None,
+    *spec: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = compute_dtype(student, teacher)
     return (
         student.new_empty(student.shape[0], dtype=dtype),
         student.new_empty(student.shape, dtype=dtype),
-        student.new_empty(len(LossMetrics._fields), dtype=dtype),
+        student.new_empty(len(LossMetrics._fields) if LossSpec.of(spec).metrics else 0, dtype=dtype),
     )
 
 

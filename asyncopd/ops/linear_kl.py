@@ -86,7 +86,7 @@ def _(
     dtype, (vocab, width) = compute_dtype(hidden, teacher), weight.shape
     return (
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(len(LossMetrics._fields), dtype=dtype),
+        hidden.new_empty(len(LossMetrics._fields) if LossSpec.of(spec).metrics else 0, dtype=dtype),
         hidden.new_empty(hidden.shape[0] if need_hidden else 0, width),
         weight.new_empty(vocab if need_weight else 0, width),
         weight.new_empty(0) if bias is None else bias.new_empty(vocab),

@@ -1,7 +1,8 @@
 """The [N, K] reverse-KL loss on gathered log-probabilities.
 
-The forward makes the coefficients, which are the gradient; the backward scales them. So there are two lines for
-asyncopd: forward and backward, to compare with torch, and the forward alone, to compare with a read of its inputs.
+The forward makes the coefficients, which are the gradient; the backward scales them. So there are three lines for
+asyncopd: forward and backward, to compare with torch, and the forward alone, without and with metrics, to compare with
+a read of its inputs.
 """
 
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from bench.families.base import (
 from bench.inputs import LossInputs, loss_inputs
 
 FORWARD = f"{OURS}, forward"
+METRICS = f"{OURS}, forward with metrics"
 
 
 class Loss(NamedTuple):
@@ -106,6 +108,11 @@ def _forward_alone(inputs: LossInputs) -> Callable[[], Loss]:
     return lambda: Loss(forward(), None)
 
 
+def _forward_with_metrics(inputs: LossInputs) -> Callable[[], Loss]:
+    forward = partial(asyncopd.reverse_kl, inputs.student_logprobs, inputs.support, return_metrics=True)
+    return lambda: Loss(forward()[0], None)
+
+
 KL = Family(
     name="kl",
     title="Reverse KL over [N, K] supports, forward + backward",
@@ -119,5 +126,6 @@ KL = Family(
         Provider(COMPILED, lambda i: _prepare_torch(compiled(torch_reverse_kl), i), check),
         Provider(OURS, lambda i: _with_backward(_forward(i), i), check),
         Provider(FORWARD, _forward_alone, check),
+        Provider(METRICS, _forward_with_metrics, check),
     ),
 )

@@ -34,7 +34,7 @@ struct Problem {
   int64_t num_ids;
   KlOptions options;
   int32_t certain_mask;  // 1 where entries of log-weight 0 were not drawn
-  bool has_cap, clips, seeks_threshold;
+  bool has_cap, clips, seeks_threshold, measures;
   float log_cap, log_low, log_high, log_proximal_cap;
   float *losses, *coef;
 };
@@ -282,6 +282,7 @@ int asyncopd_cpu_kl_rows(const float* student, const float* teacher, const float
   problem.has_cap = !std::isnan(options->ratio_cap);
   problem.log_cap = log_or_infinity(options->ratio_cap);
   problem.log_proximal_cap = log_or_infinity(options->proximal_cap);
+  problem.measures = metrics != nullptr;
   problem.losses = losses;
   problem.coef = coef;
 
@@ -305,6 +306,6 @@ int asyncopd_cpu_kl_rows(const float* student, const float* teacher, const float
   Scratches scratches(groups);
   const Totals totals = run(launch, problem, scratches);
   if (const int status = refusal(totals, *options)) return status;
-  write_metrics(totals, scratches, metrics);
+  if (metrics != nullptr) write_metrics(totals, scratches, metrics);
   return kOk;
 }

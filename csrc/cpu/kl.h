@@ -32,7 +32,8 @@ constexpr int kKlMetrics = 7;
 // proximal  [rows, num_ids] float32 log p_prox, or nullptr
 // losses    [rows]          float32
 // coef      [rows, num_ids] float32
-// metrics   [kKlMetrics]    float32, the fields of LossMetrics; the percentile is a histogram's, to 0.4 %
+// metrics   [kKlMetrics]    float32, the fields of LossMetrics; the percentile is a histogram's, to 0.4 %;
+//           or null: half of the time of the plain loss goes into them
 // threads   rows are split over at most this many threads; the result does not depend on it
 // isa       index into the build's instruction-set levels, or -1 for the best one of this machine
 //

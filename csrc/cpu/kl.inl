@@ -234,7 +234,7 @@ void kl_rows(const Problem& problem, const Tile& t, int64_t* histogram, int64_t 
     }
     if (problem.seeks_threshold) {
       tally_moments(t, histogram);
-    } else {
+    } else if (problem.measures) {
       measure<kRows>(t, counts, totals, histogram);
     }
     store<kRows>(problem, n, end, t, losses);

@@ -1,26 +1,29 @@
 // Reverse KL as a score function, tail "drop": c = omega (A - b), omega = w p or its corrected form. Each correction
 // is a pass of its own over a tile in cache; the usual loss makes two.
 
-// weight = omega = w p, teacher = w q and signal = A under the current student.
+// weight = omega = w p, signal = A under the current student and, for the metrics, teacher = w q.
 template <int kRows>
 void weigh(const Problem& problem, const Tile& t) {
   if (problem.options.sampled) {
     for (Group* g = t.begin; g < t.end; ++g) {
-    for (int l = 0; l < kLanes; ++l) g->weight[l] = g->log_w[l] + g->log_p[l];
-  }
+      for (int l = 0; l < kLanes; ++l) g->weight[l] = g->log_w[l] + g->log_p[l];
+    }
     subtract<kRows, &Group::log_p>(t, log_mass<kRows, &Group::weight>(t));
   }
   for (Group* g = t.begin; g < t.end; ++g) {
     for (int l = 0; l < kLanes; ++l) {
       const float weight = exp_float(g->log_w[l] + g->log_p[l]);
       g->weight[l] = weight;
-      g->teacher[l] = exp_float(g->log_w[l] + g->log_q[l]);
       g->omega[l] = weight;
       const float signal = log_ratio(g->log_p[l], g->log_q[l]);
       g->signal[l] = signal;
       g->centred[l] = signal == kInf ? 0.0f : signal;
       g->changed[l] = 0;
     }
+  }
+  if (!problem.measures) return;
+  for (Group* g = t.begin; g < t.end; ++g) {
+    for (int l = 0; l < kLanes; ++l) g->teacher[l] = exp_float(g->log_w[l] + g->log_q[l]);
   }
 }
 
@@ -36,8 +39,8 @@ void apply_policy(const Problem& problem, const Tile& t, const int64_t* entries)
   }
   if (problem.options.behaviour) {
     for (Group* g = t.begin; g < t.end; ++g) {
-    for (int l = 0; l < kLanes; ++l) g->signal[l] = g->valid[l] ? log_ratio(g->log_mu[l], g->log_q[l]) : 0.0f;
-  }
+      for (int l = 0; l < kLanes; ++l) g->signal[l] = g->valid[l] ? log_ratio(g->log_mu[l], g->log_q[l]) : 0.0f;
+    }
   }
   if (problem.has_cap) {
     for (Group* g = t.begin; g < t.end; ++g) {

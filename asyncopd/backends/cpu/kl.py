@@ -58,7 +58,7 @@ def _kl_rows(
     mask = None if mask is None else mask.to(torch.bool).contiguous()
     losses = torch.empty(rows, dtype=torch.float32)
     coef = torch.empty((rows, num_ids), dtype=torch.float32)
-    metrics = torch.empty(len(LossMetrics._fields), dtype=torch.float32)
+    metrics = torch.empty(len(LossMetrics._fields) if spec.metrics else 0, dtype=torch.float32)
     status = _C.cpu_kl_rows(
         student=student.data_ptr(),
         teacher=teacher.data_ptr(),
@@ -82,7 +82,7 @@ def _kl_rows(
         proximal_cap=spec.proximal_cap,
         losses=losses.data_ptr(),
         coef=coef.data_ptr(),
-        metrics=metrics.data_ptr(),
+        metrics=metrics.data_ptr() if spec.metrics else 0,
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
     )

@@ -87,6 +87,8 @@ def kl_rows(
             log_z = _log_mass(t.log_w + t.log_p)
             t.log_p = (t.log_p - log_z).masked_fill(t.log_p == -torch.inf, -torch.inf)
         loss, coef, changed = _reverse_kl(t, proximal, spec)
+    if not spec.metrics:
+        return loss.squeeze(1), coef, loss.new_empty(0)
     drawn = _drawn(t, spec.head_is_certain)
     return loss.squeeze(1), coef, loss_metrics(t.valid, t.log_w, t.log_p, t.log_q, coef, changed, drawn)
 
