@@ -15,7 +15,6 @@ from asyncopd import backends
 from asyncopd.backends.cpu.head import finished
 from asyncopd.backends.cpu.walk import Gradients, Tiles, Walk
 from asyncopd.backends.loss_spec import LossSpec
-from asyncopd.backends.native import empty_gradient
 from asyncopd.backends.reference.linear import Head
 from asyncopd.backends.reference.rows import check_ids_in_range, compute_dtype
 
@@ -51,7 +50,7 @@ def linear_kl(
 
     gradients = Gradients(
         torch.zeros(hidden_used.shape, dtype=torch.float32) if need_hidden else None,
-        empty_gradient(weight) if need_weight else None,
+        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
         None if bias is None else torch.zeros(bias.shape),
     )
     scores = torch.empty(ids_used.shape)
