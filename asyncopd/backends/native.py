@@ -53,14 +53,3 @@ def check_ids(ids: Tensor, like: Tensor, like_name: str) -> Tensor:
     if like.device != ids.device:
         raise ValueError(f"{like_name}, ids: got {like.device} and {ids.device}, expected one device")
     return ids.contiguous()
-
-
-def empty_gradient(weight: Tensor) -> Tensor:
-    """A contiguous, uninitialised tensor for the gradient of a head [V, H], in memory that is cheap to write first.
-
-    For the sampled head, whose time is that first write. Where memory is fragmented the kernel may spend 0.4 to 2 s on
-    making huge pages, which the exact head (2.8 s, of which 0.1 s are page faults) has no need to risk.
-    """
-    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
-    _C.cpu_advise_huge_pages(out.data_ptr(), out.nbytes)
-    return out

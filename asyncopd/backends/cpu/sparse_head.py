@@ -13,7 +13,6 @@ from asyncopd.backends.native import (
     DTYPE_CODES,
     ID_TYPE_CODES,
     check_ids,
-    empty_gradient,
     raise_for_status,
 )
 
@@ -123,7 +122,9 @@ def _linear_gather_logits_backward(
     vocab, width = weight.shape
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype)
     # Not zeros: the kernel writes every row once, from all threads, with its sum or with zeros.
-    dweight = empty_gradient(weight) if need_weight else torch.empty((0, width), dtype=weight.dtype)
+    dweight = (
+        torch.empty(weight.shape, dtype=weight.dtype) if need_weight else torch.empty((0, width), dtype=weight.dtype)
+    )
     dbias = torch.empty(0 if bias is None else vocab, dtype=torch.float32)
     status = _C.cpu_linear_gather_logits_backward(
         grad=grad.data_ptr(),
