@@ -5,7 +5,6 @@ sanitized: bool
 cuda: bool
 
 def cpu_isas() -> list[str]: ...
-def cpu_advise_huge_pages(begin: int, bytes: int) -> None: ...
 def cpu_gather_logprobs(
     logits: int,
     dtype: int,

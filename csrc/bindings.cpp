@@ -7,7 +7,6 @@
 
 #include "cpu/gather.h"
 #include "cpu/isa.h"
-#include "cpu/pages.h"
 #include "cpu/sparse_head.h"
 #include "cpu/kl.h"
 #include "cpu/support.h"
@@ -133,9 +132,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("openmp") = false;
 #endif
   m.def("cpu_isas", &cpu_isas, "Instruction-set levels that this build has and this machine runs, worst first.");
-  m.def("cpu_advise_huge_pages",
-        [](uintptr_t begin, int64_t bytes) { asyncopd::advise_huge_pages(pointer<void>(begin), bytes); },
-        py::arg("begin"), py::arg("bytes"), "See cpu/pages.h.");
   m.def("cpu_gather_logprobs", &cpu_gather_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),
         py::arg("dtype"), py::arg("row_stride"), py::arg("ids"), py::arg("id_type"), py::arg("rows"),
         py::arg("vocab"), py::arg("num_ids"), py::arg("inv_temperature"), py::arg("logprobs"), py::arg("lse"),

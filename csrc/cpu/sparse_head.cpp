@@ -105,8 +105,8 @@ void bias_gradient(const Entries& entries, int64_t vocab, float* dbias) {
   }
 }
 
-// Calls body(begin, end) on ranges of ids. They are as large as two huge pages where there are enough of them: threads
-// whose first writes meet in one page would both clear it.
+// Calls body(begin, end) on ranges of ids: 4 MiB of gradient each where there are enough of them, since where the system
+// hands out huge pages by itself, threads whose first writes meet in one would both wait for it.
 template <typename Body>
 void parallel_ids(int64_t vocab, int64_t row_bytes, int threads, const Body& body) {
   constexpr int64_t kRangeBytes = int64_t{4} << 20;

@@ -232,7 +232,7 @@ def test_a_frozen_head_gets_no_gradient(isa: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_of_the_weight_that_no_id_names_are_zero(dtype: torch.dtype, isa: int) -> None:
-    """In a buffer that is large enough for huge pages, and in one that has just held something else."""
+    """In a buffer that is new from the system, and in one that has just held something else."""
     large = random_case(rows=8, vocab=40_000, width=512, num_ids=16, dtype=dtype)
     small = random_case(dtype=dtype)
     torch.full(small.weight.shape, NAN, dtype=dtype)  # freed at once
