@@ -12,7 +12,7 @@ from asyncopd.kernels import head_walk
 INF, NAN = float("inf"), float("nan")
 DEVICE = "cpu" if kernels.launch.INTERPRET else "cuda"
 # Relative to the largest: what sums of a few dozen terms of these dtypes may lose.
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DTYPES = list(TOLERANCE)
 PLAIN = (1.0, 1.0, None)
 SCALARS = [PLAIN, (0.7, 2.0, None), (1.3, -0.4, 3.0)]
@@ -131,8 +131,8 @@ def compare_losses(
     tensors = (hidden, weight, bias, mask, ids, problem.teacher, problem.log_weights, None, torch.tensor(denominator))
     expected = reference.linear_kl(*in_fp64(*tensors), *scalars, True, need_weight, spec)
     actual = kernels.linear_kl(*on_device(*tensors), *scalars, True, need_weight, spec)
-    for a, e in zip(actual[:2], expected[:2], strict=True):
-        torch.testing.assert_close(a.cpu().double(), e, rtol=5e-6, atol=5e-6)
+    torch.testing.assert_close(actual[0].cpu().double(), expected[0], rtol=5e-6, atol=5e-6)
+    torch.testing.assert_close(actual[1].cpu().double(), expected[1], rtol=5e-3, atol=5e-6)  # p99 is a histogram's
     for a, e in zip(actual[2:], expected[2:], strict=True):
         close(a, e, hidden.dtype)
 
