@@ -172,7 +172,8 @@ def backward_kernel(
             # A tile without mass has e = 0; a row without mass or gradient never multiplies its e, which may be NaN.
             share = tl.exp2(tl.fma(origin, t, -row_lse) * LOG2E)
             share = tl.where((total == 0.0) | (row_lse == -INF), 0.0, share * (-total * t))
-            value = tl.where((share == 0.0) | (value == 0.0), 0.0, value * share) * logit_scale
+            value = tl.where(value == 0.0, 0.0, value * share) * logit_scale
+            value = tl.where(share == 0.0, 0.0, value)
         else:
             b = 0.0
             if HAS_BIAS:
