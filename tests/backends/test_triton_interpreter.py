@@ -25,6 +25,7 @@ FILES = {
         "",
         15,
     ),
+    "own-head": (["tests/backends/test_triton_kernel_gemm.py"], "", 70),
     "shared": (
         [
             "tests/ops/test_topk.py",

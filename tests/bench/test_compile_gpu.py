@@ -91,6 +91,13 @@ def test_cases_are_those_of_this_checkout() -> None:
     assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py"
 
 
+@needs_triton
+@pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
+@pytest.mark.parametrize("case", ["gemm-logits-bf16", "gemm-dweight-bf16-small"])
+def test_matrix_products_are_those_of_the_architecture(case: str, arch: int, instruction: str) -> None:
+    assert instruction in TritonJob("asyncopd.kernels.gemm", f"{case}-{arch}", arch).ptx()
+
+
 # ---------------------------------------------------------------------------------------------------------- CUDA
 
 CLEAN = "__global__ void scale(float4* x) { float4 v = x[threadIdx.x]; v.x *= 2.0f; x[threadIdx.x] = v; }\n"
