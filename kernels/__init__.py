@@ -14,11 +14,19 @@ import torch
 if importlib.util.find_spec("triton") is not None:
     from asyncopd.kernels.gather import gather_logprobs, gather_logprobs_backward
     from asyncopd.kernels.sample import sample_support
+    from asyncopd.kernels.sparse_head import (
+        linear_gather_logits,
+        linear_gather_logits_backward,
+        linear_gather_logits_backward_into,
+    )
     from asyncopd.kernels.topk import topk_logprobs
 
     __all__ = [
         "gather_logprobs",
         "gather_logprobs_backward",
+        "linear_gather_logits",
+        "linear_gather_logits_backward",
+        "linear_gather_logits_backward_into",
         "sample_support",
         "topk_logprobs",
         "unavailable_reason",
