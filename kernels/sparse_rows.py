@@ -272,7 +272,7 @@ def compile_cases() -> list[CompileCase]:
                 },
                 constexprs={"SLICE": SLICE, "IDS": backward.ids, "INTERPRET": False},
                 num_warps=backward.num_warps,
-                max_registers=96,
+                max_registers=80,
                 divisible=("factors", "keys", "weight", "dhidden", "weight_stride", "rows", "vocab", "width"),
             )
             cases += [dots, hidden_gradient]
