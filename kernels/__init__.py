@@ -17,12 +17,20 @@ if importlib.util.find_spec("triton") is not None:
     from asyncopd.kernels.head_loss import linear_kl
     from asyncopd.kernels.kl import kl_rows
     from asyncopd.kernels.sample import sample_support
+    from asyncopd.kernels.sparse_head import (
+        linear_gather_logits,
+        linear_gather_logits_backward,
+        linear_gather_logits_backward_into,
+    )
     from asyncopd.kernels.topk import topk_logprobs
 
     __all__ = [
         "gather_logprobs",
         "gather_logprobs_backward",
         "kl_rows",
+        "linear_gather_logits",
+        "linear_gather_logits_backward",
+        "linear_gather_logits_backward_into",
         "linear_gather_logprobs",
         "linear_gather_logprobs_backward",
         "linear_kl",

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor
 
-from asyncopd.backends.reference.linear import Head, linear_gather_logits, rows_with_gradient
+from asyncopd.backends.reference.linear import Head, rows_with_gradient
 from asyncopd.backends.reference.rows import check_ids_in_range
 from asyncopd.kernels.head_walk import Gradients, Rows, Walk
+from asyncopd.kernels.sparse_head import linear_gather_logits
 
 
 def linear_gather_logprobs(

@@ -22,21 +22,10 @@ import triton.language as tl
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.gather import IDS, RIVALS, softmax_term, sum_over_equal_ids
 from asyncopd.kernels.numeric import INF, LOG2E, NAN, to_storage
+from asyncopd.kernels.softcap import tanh
 from asyncopd.kernels.summary import group_summary, irregular_summary, row_start
 
 MAX_TILE = 4096  # columns of a program
-
-
-@triton.jit
-def tanh(x):
-    """To about 2e-7 of itself: a series where 1 - 2 / (exp(2 x) + 1) would cancel."""
-    square = x * x
-    series = tl.fma(square, 62.0 / 2835.0, -17.0 / 315.0)
-    series = tl.fma(square, series, 2.0 / 15.0)
-    series = tl.fma(square, series, -1.0 / 3.0)
-    series = tl.fma(x * square, series, x)
-    magnitude = 1.0 - 2.0 / (tl.exp2(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
-    return tl.where(tl.abs(x) < 0.3, series, tl.where(x < 0, -magnitude, magnitude))
 
 
 @triton.jit

@@ -7,8 +7,8 @@ Walking the vocabulary completes a row of dW in one block: dW is rounded to the 
 where a walk over rows would read and write an fp32 [V, H] for every chunk of them. What the backward needs of the
 forward is e = exp(y - peak), two bytes each beside a 16-bit head, and there is room for it where nothing lies yet: the
 rows [B, H] of dW that a block will fill hold the e of H rows. More is kept beside, up to KEPT_BYTES; what is left is
-multiplied again. At N = 8,192, H = 4,096, V = 151,936 in bf16 that is 3.2 products in place of 4, and about 1,000 MiB
-beyond the gradients: 640 kept, 128 each of a tile of x and of dh in fp32, 64 of dx.
+multiplied again. At N = 8,192, H = 4,096, V = 151,936 in bf16 that is 3.3 products in place of 4, and less than 1 GiB
+beyond the gradients: 560 MiB kept, 128 each of a tile of x and of dh in fp32, 64 each of dx and of a block of dW.
 
 Rows that are masked go last, and their number stays on the device: the products and kernels end there.
 """
@@ -28,7 +28,7 @@ from asyncopd.kernels.gemm import product
 from asyncopd.kernels.launch import INTERPRET, Scale, on_device
 
 TILE_ELEMENTS = 1 << 25  # fp32: 128 MiB
-KEPT_BYTES = 640 << 20
+KEPT_BYTES = 560 << 20
 WARPS = 8
 
 
@@ -167,12 +167,13 @@ class Gradients:
         """One block: dx [rows, B] in units of `unit`, the head's rows [B, H] and hidden [rows, H]; `count` rows."""
         if self.hidden is not None:
             product(dx, weight, self.hidden, count=count, counted="rows", accumulate=True)
-        if self.weight is not None and unit is None:
+        if self.weight is not None and self.weight.dtype == torch.float32:
             product(dx.t(), hidden, self.weight[cols], count=count, counted="depth")
         elif self.weight is not None:
+            # Through fp32: cuBLAS may round parts of a 16-bit sum.
             block = torch.empty_like(weight, dtype=torch.float32)
             product(dx.t(), hidden, block, count=count, counted="depth")
-            torch.mul(block, unit, out=self.weight[cols])
+            self.weight[cols].copy_(block if unit is None else block.mul_(unit))
         if self.bias is not None:
             torch.sum(dx, dim=0, dtype=torch.float32, out=self.bias[cols])
 

@@ -85,9 +85,8 @@ def test_forward(dtype: torch.dtype, scalars: tuple[float, float, float | None])
     torch.testing.assert_close(lse, actual[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("need_weight", [True, False])
 @pytest.mark.parametrize("scalars", SCALARS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "need_weight"), [*((dtype, True) for dtype in DTYPES), (torch.float32, False)])
 def test_backward(dtype: torch.dtype, scalars: tuple[float, float, float | None], need_weight: bool) -> None:
     problem = Problem(dtype, bias=need_weight, mask=need_weight)
     hidden, weight, ids, bias, mask = problem.head()
@@ -111,9 +110,10 @@ ROOM = {
 }
 
 
-@pytest.mark.parametrize("scalars", SCALARS, ids=str)
-@pytest.mark.parametrize("room", ROOM)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scalars", SCALARS[1:], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "room"), [*((torch.float32, room) for room in ROOM), *((dtype, "everywhere") for dtype in DTYPES[1:])]
+)
 def test_loss_and_its_gradients(
     dtype: torch.dtype, room: str, scalars: tuple[float, float, float | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
