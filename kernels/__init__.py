@@ -17,6 +17,7 @@ if importlib.util.find_spec("triton") is not None:
     from asyncopd.kernels.head_loss import linear_kl
     from asyncopd.kernels.kl import kl_rows
     from asyncopd.kernels.sample import sample_support
+    from asyncopd.kernels.scale import scale_gradient_
     from asyncopd.kernels.sparse_head import (
         linear_gather_logits,
         linear_gather_logits_backward,
@@ -36,6 +37,7 @@ if importlib.util.find_spec("triton") is not None:
         "linear_kl",
         "linear_logsumexp",
         "sample_support",
+        "scale_gradient_",
         "topk_logprobs",
         "unavailable_reason",
     ]

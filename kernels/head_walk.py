@@ -76,6 +76,7 @@ class Rows:
 
     def _there(self) -> Tensor:
         assert self.order is not None
+        assert self.count is not None
         return torch.arange(self.order.shape[0], device=self.order.device) < self.count
 
 
@@ -251,7 +252,9 @@ class Walk:
         products = Tiles(rows, self.vocab, torch.float32, device, rest.stop - rest.start)
         for (cols, dx), (_, x) in zip(outputs, products, strict=True):
             for part in kept:
-                self._softmax_terms(dx, cols, part.rows, part[cols], lse, totals)
+                memory = part[cols]
+                assert memory is not None
+                self._softmax_terms(dx, cols, part.rows, memory, lse, totals)
             if rest.start < rest.stop:
                 product(self.hidden[rest], weight[cols].t(), x, count=count, counted="rows")
                 self._softmax_terms(dx, cols, rest, x, lse, totals, products=True)

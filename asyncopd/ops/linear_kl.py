@@ -117,10 +117,11 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
 
 def _times(gradient: Tensor, factor: Tensor) -> Tensor:
     """gradient * factor. A loss that the caller dropped (factor 0) has gradient 0 even where it is NaN."""
-    # On a CPU reading a number costs nothing, while a copy of dW does. (While tracing it is no plain tensor.)
-    if type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0:
-        return gradient
-    return torch.where(factor == 0, 0.0, gradient * factor).to(gradient.dtype)
+    if type(gradient) is not Tensor or type(factor) is not Tensor or gradient.device.type == "meta":  # while tracing
+        return torch.where(factor == 0, 0.0, gradient * factor).to(gradient.dtype)
+    # In place, for dW is as large as the head, and nobody else has these gradients.
+    select("scale_gradient_", gradient.device, gradient.dtype)(gradient, factor)
+    return gradient
 
 
 linear_kl.register_autograd(_gradient, setup_context=_save)

@@ -14,7 +14,7 @@ from asyncopd.backends.reference.linear import (
     linear_gather_logprobs_backward,
     linear_logsumexp,
 )
-from asyncopd.backends.reference.linear_kl import linear_kl
+from asyncopd.backends.reference.linear_kl import linear_kl, scale_gradient_
 from asyncopd.backends.reference.sample import sample_support
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "linear_logsumexp",
     "linear_topk_logprobs",
     "sample_support",
+    "scale_gradient_",
     "topk_logprobs",
 ]
 
