@@ -296,7 +296,8 @@ def test_wrong_arguments() -> None:
     bias = case.bias
     assert bias is not None
     for wrong, message in (
-        (replace(case, weight=case.weight.half()), r"hidden, weight: got torch.float32, torch.float16"),
+        (replace(case, hidden=case.hidden.half()), r"hidden, weight: got torch.float16, torch.float32"),
+        (replace(case, weight=case.weight.double()), r"hidden, weight: got torch.float32, torch.float64"),
         (replace(case, weight=case.weight[:, 1:]), r"weight: got shape \[23, 39\], expected \[V, 40\]"),
         (replace(case, ids=case.ids[1:]), r"hidden, ids: got \[6, 40\], \[5, 9\]"),
         (replace(case, ids=case.ids.float()), "ids: got torch.float32"),
@@ -321,6 +322,6 @@ def test_more_than_32_bits_can_number_is_refused(too_many: str) -> None:
     scalars = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0}
     sizes = {"rows": 1, "vocab": 1, "width": 1, "num_ids": 1, too_many: 2**32}
     head = {"hidden": 0, "hidden_stride": 1, "weight": 0, "weight_stride": 1, "ids": 0, "mask": 0}
-    common = {"dtype": 0, "id_type": 1, "threads": 1, "logits": 0, **head, **sizes, **scalars}
+    common = {"dtype": 0, "hidden_dtype": 0, "id_type": 1, "threads": 1, "logits": 0, **head, **sizes, **scalars}
     assert cpu._C.cpu_linear_gather_logits(bias=0, **common) == 2
     assert cpu._C.cpu_linear_gather_logits_backward(grad=0, dhidden=0, dweight=0, dbias=0, **common) == 2
