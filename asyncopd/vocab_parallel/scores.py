@@ -32,11 +32,15 @@ def vocab_parallel_scores(
     softcap: float | None,
     shard: VocabShard,
 ) -> Tensor:
-    """`gather_from_head` with a split head, see there for the kinds: weight [V_r, H], bias [V_r] or None."""
+    """`gather_from_head` with a split head, see there for the kinds: weight [V_r, H], bias [V_r] or None.
+
+    Pads have score 0, which no loss looks at.
+    """
     shard.check_head(hidden, weight, bias)
     hidden, weight, bias = prepare_head(hidden, weight, bias, temperature, logit_scale, softcap)
     checks.check_ids("ids", ids, hidden, "hidden")
-    check_ids_in_range(ids, shard.vocab)
+    if not torch.compiler.is_compiling():  # which cannot refuse what it does not see
+        check_ids_in_range(ids, shard.vocab)
     head = (hidden, weight, bias)
     scalars = (float(temperature), float(logit_scale), softcap)
     if kind == "logprobs":
@@ -50,10 +54,9 @@ def vocab_parallel_scores(
 
 
 def _from_holders(scores: Tensor, local: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
-    """Each score from the one rank that holds its id; all others add 0, so nothing is rounded. -inf at pads."""
-    scores = shard.sum(torch.where(local >= 0, scores, 0.0)).masked_fill_(ids == PAD, -torch.inf)
-    # A device cannot refuse an id; nobody holds it, and it shows.
-    return scores.masked_fill_((ids < PAD) | (ids >= shard.vocab), torch.nan)
+    """Each score from the one rank that holds its id; all others add 0, so nothing is rounded."""
+    # A device cannot refuse an id: this one nobody holds, and it shows.
+    return shard.sum(torch.where(local >= 0, scores, 0.0)).masked_fill_(ids >= shard.vocab, torch.nan)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -71,13 +74,11 @@ class _LogProbs(torch.autograd.Function):
         local = shard.local_ids(ids)
         part, part_lse = _OPS.linear_gather_logprobs(hidden, weight, local.clamp(min=PAD), bias, mask, *scalars)
         lse = whole_logsumexp(shard.gather(part_lse))
-        # inf - inf where this part is as infinite as the whole, which has been taken into account already.
-        shift = torch.where(part_lse == lse, 0.0, part_lse - lse)[:, None].to(part.dtype)
-        impossible = (part == -torch.inf) & ~lse.isnan()[:, None]
-        logprobs = (part + shift).masked_fill(impossible, -torch.inf)
+        # Not inf - inf where this part is as infinite as the whole: its scores know already.
+        shift = torch.where(part_lse == lse, 0.0, part_lse - lse).to(part.dtype)
         ctx.scalars, ctx.shard = scalars, shard
         ctx.save_for_backward(lse.to(part.dtype), hidden, weight, bias, mask, local)
-        return _from_holders(logprobs, local, ids, shard)
+        return _from_holders(part + shift[:, None], local, ids, shard)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

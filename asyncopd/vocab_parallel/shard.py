@@ -82,9 +82,9 @@ class VocabShard:
 
     def gather(self, part: Tensor) -> Tensor:
         """[N, ..] of every rank, stacked: [ranks, N, ..]."""
-        out = part.new_empty((len(self.sizes) * part.shape[0], *part.shape[1:]))
-        dist.all_gather_into_tensor(out, part.contiguous(), group=self.group)
-        return out.view(len(self.sizes), *part.shape)
+        out = part.new_empty((len(self.sizes), *part.shape))
+        dist.all_gather(list(out.unbind(0)), part.contiguous(), group=self.group)
+        return out
 
     def sum(self, part: Tensor) -> Tensor:
         """The sum of every rank's tensor, in the dtype that it has; `part` is overwritten with it."""

@@ -89,6 +89,15 @@ def test_matches_fp64(width: int, dtype: torch.dtype, isa: int) -> None:
     assert_matches(replace(case, scalars=CAPPED), isa)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_hidden_states(dtype: torch.dtype, isa: int) -> None:
+    """fp32 beside a narrower head: nothing of them is rounded, nor of their gradient."""
+    case = random_case(width=200, dtype=dtype)
+    wide = replace(case, hidden=torch.randn(6, 200, generator=torch.Generator().manual_seed(1)))
+    assert_matches(replace(wide, scalars=CAPPED), isa)
+    assert_matches(replace(wide, ids=case.ids.int(), mask=None, bias=None), isa)
+
+
 @pytest.mark.parametrize("num_ids", [1, 2, 3, 4, 5, 8, 63, 64, 65, 70, 200])
 def test_every_number_of_ids(num_ids: int, isa: int) -> None:
     """Four rows of the weight at a time, and 64 before partial sums are added."""
