@@ -91,6 +91,7 @@ def cpu_sample_support(
 def cpu_linear_gather_logits(
     hidden: int,
     hidden_stride: int,
+    hidden_dtype: int,
     weight: int,
     weight_stride: int,
     dtype: int,
@@ -114,6 +115,7 @@ def cpu_linear_gather_logits_backward(
     logits: int,
     hidden: int,
     hidden_stride: int,
+    hidden_dtype: int,
     weight: int,
     weight_stride: int,
     dtype: int,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncopd.backends.reference.rows import check_ids_in_range
+from asyncopd.backends.reference.rows import PAD, check_ids_in_range
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import INTERPRET, Scale, check_ids, check_logits, on_device, padded
 from asyncopd.kernels.numeric import INF, LOG2E, NAN, log_ratio, logsumexp_of, row_logsumexp, to_storage
@@ -203,7 +203,7 @@ def gather_logprobs_backward(grad: Tensor, logits: Tensor, lse: Tensor, ids: Ten
     if grad.shape != ids.shape or lse.shape != (rows,):
         raise ValueError(f"grad, lse: got {list(grad.shape)}, {list(lse.shape)}, expected {list(ids.shape)}, [{rows}]")
     grad, lse = grad.float().contiguous(), lse.float().contiguous()
-    totals = grad.masked_fill(ids < 0, 0.0).sum(dim=1)
+    totals = grad.masked_fill(ids == PAD, 0.0).sum(dim=1)
     out = dlogits if dlogits.stride(1) == 1 else torch.empty((rows, vocab), dtype=logits.dtype, device=logits.device)
     t = Scale.of(temperature).t
     tiles, blocks = triton.cdiv(vocab, TILE), triton.cdiv(k, IDS)

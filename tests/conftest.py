@@ -7,20 +7,13 @@ of them does not get the test.
 
 import pytest
 import torch
-from each_backend import Backend
+from each_backend import Backend, runs
 
 from asyncopd import backends
 
 
-def _runs(name: str) -> bool:
-    try:
-        return backends.unavailable_reason(name) is None
-    except ImportError:
-        return False
-
-
 def _engines(ops: set[str]) -> list[str]:
-    native = [name for name in backends.BACKENDS if name != "reference" and _runs(name)]
+    native = [name for name in backends.BACKENDS if name != "reference" and runs(name)]
     whole = [name for name in native if all(backends.has_op(name, op) for op in ops)]
     mixed = any(backends.has_op(name, op) for name in native for op in ops) and not whole
     return ["reference", *whole, *(["auto"] if mixed else [])]

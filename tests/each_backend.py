@@ -6,10 +6,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asyncopd import backends
+
 # Triton's interpreter takes CPU tensors.
 DEVICES = {"triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "cuda": "cuda"}
 # fp64: rounding of a few hundred terms. fp32: the same, 2^29 times larger, seen through one exp and one log.
 TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (3e-5, 3e-6)}
+
+
+def runs(name: str) -> bool:
+    """Whether a backend can run on this machine at all."""
+    try:
+        return backends.unavailable_reason(name) is None
+    except ImportError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,8 @@ int asyncopd_cpu_gather_tile(const float* logits, int64_t row_stride, const int6
 //   dlogits[n, v] = (sum over k with ids[n, k] = v of g[n, k]  -  (sum_k g[n, k]) exp(logits[n, v] t - lse[n])) t
 //
 // grad      [rows, num_ids] float32, contiguous
+// ids       as above, or -2: held by another shard of the vocabulary, which counts in sum_k and is no column; lse is
+//           then that of the whole vocabulary
 // dlogits   [rows, columns] dtype, row stride `out_stride`; may be the logits themselves
 //
 // A row whose gradients sum to exactly 0 does not look at its logits; where lse is -inf, exp(..) is 0. Sums are fp64,

@@ -41,6 +41,15 @@ def test_matches_fp64(width: int, dtype: torch.dtype, isa: int) -> None:
     assert_matches(replace(case, scalars=CAPPED), isa)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_hidden_states(dtype: torch.dtype, isa: int) -> None:
+    """fp32 beside a narrower head: nothing of them is rounded, nor of their gradient."""
+    case = random_case(width=200, dtype=dtype)
+    wide = replace(case, hidden=torch.randn(6, 200, generator=torch.Generator().manual_seed(1)))
+    assert_matches(replace(wide, scalars=CAPPED), isa)
+    assert_matches(replace(wide, ids=case.ids.int(), mask=None, bias=None), isa)
+
+
 @pytest.mark.parametrize("num_ids", [1, 2, 3, 4, 5, 8, 63, 64, 65, 70, 200])
 def test_every_number_of_ids(num_ids: int, isa: int) -> None:
     """Four rows of the weight at a time, and 64 before partial sums are added."""
@@ -247,7 +256,8 @@ def test_wrong_arguments() -> None:
     bias = case.bias
     assert bias is not None
     for wrong, message in (
-        (replace(case, weight=case.weight.half()), r"hidden, weight: got torch.float32, torch.float16"),
+        (replace(case, hidden=case.hidden.half()), r"hidden, weight: got torch.float16, torch.float32"),
+        (replace(case, weight=case.weight.double()), r"hidden, weight: got torch.float32, torch.float64"),
         (replace(case, weight=case.weight[:, 1:]), r"weight: got shape \[23, 39\], expected \[V, 40\]"),
         (replace(case, ids=case.ids[1:]), r"hidden, ids: got \[6, 40\], \[5, 9\]"),
         (replace(case, ids=case.ids.float()), "ids: got torch.float32"),
@@ -272,6 +282,6 @@ def test_more_than_32_bits_can_number_is_refused(too_many: str) -> None:
     scalars = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0}
     sizes = {"rows": 1, "vocab": 1, "width": 1, "num_ids": 1, too_many: 2**32}
     head = {"hidden": 0, "hidden_stride": 1, "weight": 0, "weight_stride": 1, "ids": 0, "mask": 0}
-    common = {"dtype": 0, "id_type": 1, "threads": 1, "logits": 0, **head, **sizes, **scalars}
+    common = {"dtype": 0, "hidden_dtype": 0, "id_type": 1, "threads": 1, "logits": 0, **head, **sizes, **scalars}
     assert cpu._C.cpu_linear_gather_logits(bias=0, **common) == 2
     assert cpu._C.cpu_linear_gather_logits_backward(grad=0, dhidden=0, dweight=0, dbias=0, **common) == 2

@@ -4,22 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from allocations import largest_allocation
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from asyncopd import Support, linear_forward_kl, linear_gather_logprobs, linear_reverse_kl, linear_topk_logprobs
 
 # Logits are the one thing here whose size is N x V: hidden states and weight are 128 times smaller.
 N, V, H, K = 512, 4096, 4, 8
-
-
-def largest_allocation(run: Callable[[], object]) -> int:
-    """Bytes of the largest single allocation, seen by the allocator itself, so inside custom ops too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    kineto = trace.profiler
-    assert kineto is not None
-    return max(e.nbytes() for e in kineto.kineto_results.events() if e.name() == "[memory]")
 
 
 def leaves(dtype: torch.dtype) -> tuple[Tensor, Tensor, Support]:
