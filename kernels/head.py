@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends.reference.linear import Head, rows_with_gradient
-from asyncopd.backends.reference.rows import check_ids_in_range
+from asyncopd.backends.reference.rows import PAD, check_ids_in_range
 from asyncopd.kernels.head_walk import Gradients, Rows, Walk
 from asyncopd.kernels.sparse_head import linear_gather_logits
 
@@ -54,15 +54,19 @@ def linear_gather_logprobs_backward(
     softcap: float | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one)."""
+    """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one).
+
+    As in the reference, ids may be ELSEWHERE, and hidden wider than the head.
+    """
     used = rows_with_gradient(grad, ids, mask)
     rows = Rows.of(used)
-    hidden_used, ids_used = rows.take(hidden), rows.take_ids(ids)
+    hidden_used, ids_used = rows.take(hidden.to(weight.dtype)), rows.take_ids(ids)
     head = Head(weight, bias, temperature, logit_scale, softcap)
     gradients = Gradients.of(hidden_used, head, True, need_weight)
     walk = Walk(hidden_used, ids_used, head, rows.count)
     # The logits at the ids are K products a row; they were not kept.
-    scores = linear_gather_logits(hidden_used, weight, ids_used, bias, None, temperature, logit_scale, softcap)
+    held = ids_used.clamp(min=PAD)
+    scores = linear_gather_logits(hidden_used, weight, held, bias, None, temperature, logit_scale, softcap)
     lse = rows.take(lse)
     walk.at_ids = scores * temperature
     walk.backward(rows.take(grad.float()), scores - lse[:, None], lse, [], gradients)

@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 
 from asyncopd.backends.reference.linear import Head
+from asyncopd.backends.reference.rows import PAD
 from asyncopd.kernels import head_tile
 from asyncopd.kernels.gather import IDS, RIVALS, logprobs_at
 from asyncopd.kernels.gemm import product
@@ -243,7 +244,7 @@ class Walk:
         rows, weight = self.hidden.shape[0], self.head.weight
         unit = _unit(grad) if weight.dtype == torch.float16 else None
         grad = grad if unit is None else grad / unit
-        totals = grad.masked_fill(self.ids < 0, 0.0).sum(dim=1)
+        totals = grad.masked_fill(self.ids == PAD, 0.0).sum(dim=1)
         values = self._values(grad, logprobs, totals)
         rest = slice(kept[-1].rows.stop if kept else 0, rows)
         count = None if self.count is None else (self.count - rest.start).clamp(min=0)
