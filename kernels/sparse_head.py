@@ -65,6 +65,7 @@ def linear_gather_logits_backward(
     """grad [N, K] of `logits` -> gradients of hidden [N, H], weight [V, H] ([0, H] if not needed), bias [V] or [0].
 
     Each in the dtype of what it is the gradient of, rounded to it once; rows of the weight that no id names get 0.
+    As in the reference, hidden may be wider than the head.
     """
     vocab, width = weight.shape
     dweight = torch.zeros(vocab if need_weight else 0, width, dtype=weight.dtype, device=weight.device)
@@ -161,9 +162,10 @@ def _check(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states and weight with unit column strides, contiguous ids; or an error that says what is wrong."""
-    if hidden.dtype not in DTYPES or weight.dtype != hidden.dtype:
+    if weight.dtype not in DTYPES or hidden.dtype not in (weight.dtype, torch.float32):
         raise TypeError(
-            f"hidden, weight: got {hidden.dtype}, {weight.dtype}, expected one of float32, bfloat16, float16 for both"
+            f"hidden, weight: got {hidden.dtype}, {weight.dtype}, expected one of float32, bfloat16, float16 for both "
+            "(or float32 for hidden)"
         )
     if hidden.dim() != 2 or weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:
         raise ValueError(f"hidden, weight: got {list(hidden.shape)}, {list(weight.shape)}, expected [N, H], [V, H]")
