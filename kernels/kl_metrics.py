@@ -29,7 +29,7 @@ SUMS = 7
 ROWS_THAT_COUNT, RATIO_MEAN, RATIO_P99 = tl.constexpr(5), tl.constexpr(4), tl.constexpr(5)
 
 FINE_BLOCK = 4096  # entries of a program
-REDUCE_BLOCK = 2048  # programs whose sums are added at a time
+REDUCE_BLOCK, REDUCE_WARPS = 2048, 8  # programs whose sums are added at a time
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def measure(
     histogram,  # [COARSE + FINE] int64
     COARSE: tl.constexpr,
 ):
-    """Writes a program's sums, adds to the histogram of exponents; returns the bins [rows, K] int16, -1 if not drawn."""
+    """Writes a program's sums, adds to the histogram of exponents; returns bins [rows, K] int16, -1 if not drawn."""
     log_weight = log_w + log_p
     weight = exp_precise(log_weight)
     mass, teacher_mass = row_sum(weight), row_sum(exp_precise(log_w + log_q))
@@ -152,7 +152,7 @@ def launch_metrics(sums: Tensor, bins: Tensor, histogram: Tensor, metrics: Tenso
         _fine_kernel[(triton.cdiv(bins.numel(), FINE_BLOCK),)](
             bins, histogram, bins.numel(), COARSE, FINE, FINE_BLOCK, num_warps=4
         )
-        _metrics_kernel[(SUMS,)](sums, histogram, metrics, programs, COARSE, FINE, REDUCE_BLOCK, num_warps=4)
+        _metrics_kernel[(SUMS,)](sums, histogram, metrics, programs, COARSE, FINE, REDUCE_BLOCK, num_warps=REDUCE_WARPS)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -181,8 +181,8 @@ def compile_cases() -> list[CompileCase]:
             **dict.fromkeys(("COARSE", "FINE", "BLOCK"), "constexpr"),
         },
         constexprs={"COARSE": COARSE, "FINE": FINE, "BLOCK": REDUCE_BLOCK},
-        num_warps=4,
-        max_registers=128,
-        divisible=("sums", "histogram", "metrics", "programs"),
+        num_warps=REDUCE_WARPS,
+        max_registers=96,
+        divisible=("sums", "histogram", "metrics"),
     )
     return [fine, reduce]
