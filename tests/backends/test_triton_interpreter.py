@@ -25,6 +25,7 @@ FILES = {
         "",
         15,
     ),
+    "own-losses": (["tests/backends/test_triton_kernel_kl.py"], "", 35),
     "shared": (
         [
             "tests/ops/test_topk.py",
@@ -34,6 +35,19 @@ FILES = {
         ],
         SHARED,
         50,
+    ),
+    "shared-losses": (
+        [
+            "tests/ops/test_opcheck.py",
+            "tests/losses/test_corrections.py",
+            "tests/losses/test_gradients.py",
+            "tests/losses/test_infinite_logits.py",
+            "tests/losses/test_metrics.py",
+            "tests/losses/test_teacher_equals_student.py",
+            "tests/losses/test_zero_sum.py",
+        ],
+        "triton and not (masses and False)",
+        240,
     ),
 }
 

@@ -25,7 +25,7 @@ from asyncopd import (
 )
 from asyncopd.backends.loss_spec import SPEC_FIELDS, LossSpec
 
-pytestmark = pytest.mark.ops("kl_rows", "gather_logprobs", "linear_gather_logprobs", "linear_gather_logits")
+pytestmark = pytest.mark.ops("kl_rows")
 
 
 def problem(
@@ -191,6 +191,7 @@ def test_a_nan_shows(backend: Backend, rng: torch.Generator) -> None:
     assert not torch.stack(metrics).isnan().any()
 
 
+@pytest.mark.ops("gather_logprobs", "linear_gather_logprobs", "linear_gather_logits")
 @pytest.mark.parametrize("forward", [False, True])
 def test_fused_losses_and_modules_return_them_too(backend: Backend, rng: torch.Generator, forward: bool) -> None:
     _, sup, mask = problem(backend, rng, "samples")
