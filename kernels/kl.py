@@ -354,9 +354,16 @@ def _compile_case(
 
 def compile_cases() -> list[CompileCase]:
     """The usual losses, each option at least once, and everything at once at both ends of K."""
-    samples = {"head_is_certain": False}
-    everything = {"normalize": "sampled", "baseline": "loo", "advantage": "behavior", "ratio_cap": 2.0, "clip_eps": 0.2,
-                  "proximal": True, "metrics": True}  # fmt: skip
+    samples: dict[str, Any] = {"head_is_certain": False}
+    everything: dict[str, Any] = {
+        "normalize": "sampled",
+        "baseline": "loo",
+        "advantage": "behavior",
+        "ratio_cap": 2.0,
+        "clip_eps": 0.2,
+        "proximal": True,
+        "metrics": True,
+    }
     return [
         _compile_case("reverse", 64, 40),
         _compile_case("reverse", 64, 40, dtype="bf16"),

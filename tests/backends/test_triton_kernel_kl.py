@@ -70,11 +70,11 @@ def test_decoupled_clip(cap: float) -> None:
 
 @pytest.mark.parametrize(("rows", "num_ids"), [(ENTRIES + 9, 1), (70, 5)])
 def test_head_and_tail_and_top_k(rows: int, num_ids: int) -> None:
-    for draw, normalize, baseline in itertools.product(("head_tail", "top_k"), ("exact", "sampled"), ("mean", "loo")):
+    for normalize, baseline in itertools.product(("exact", "sampled"), ("mean", "loo")):
         spec = LossSpec(normalize=normalize, baseline=baseline)
-        r = make_rows(rows, num_ids, draw)
+        r = make_rows(rows, num_ids, "head_tail")
         assert_matches(r, spec, run(r, spec))
-    for spec in [*TRUE, LossSpec(divergence="forward")]:
+    for spec in [*TRUE, LossSpec(divergence="forward"), LossSpec(baseline="mean")]:
         r = make_rows(rows, num_ids, "top_k")
         # Most of the mass on the support, but not so much that its rest is one rounding error of fp32.
         r = r._replace(student=r.student - 0.05, teacher=r.teacher - 0.05)
