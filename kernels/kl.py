@@ -13,7 +13,7 @@ M2PO a pass of its own (20 read, 4 written) and a sort of 8-byte keys. Two to fi
 
 A program is a block of about 512 entries in registers, whole rows of it: 8 rows of K = 64, 512 of K = 1. A thread holds
 4 adjacent entries, or 16 bytes of scores, and the 16 threads of such a row sum it by shuffles. What a row's result is
-depends on neither the batch nor the device.
+does not depend on the other rows.
 """
 
 import math
@@ -171,11 +171,11 @@ def kl_rows(
         there = ids >= 0 if mask is None else (ids >= 0) & mask.to(torch.bool)[:, None]
         check_weights(there, log_weights, spec)
     (rows, num_ids), device = ids.shape, ids.device
-    losses = torch.zeros(rows, dtype=torch.float32, device=device)
+    losses = torch.empty(rows, dtype=torch.float32, device=device)
     coef = torch.empty((rows, num_ids), dtype=torch.float32, device=device)
-    metrics = torch.zeros(SUMS if spec.metrics else 0, dtype=torch.float32, device=device)
+    metrics = torch.empty(SUMS if spec.metrics else 0, dtype=torch.float32, device=device)
     if ids.numel() == 0:
-        return losses, coef, metrics
+        return losses.zero_(), coef, metrics.zero_()
     width = padded(num_ids, 1)
     block_rows = max(1, ENTRIES // width)
     programs = triton.cdiv(rows, block_rows)

@@ -98,7 +98,7 @@ def test_gather_on_every_backend(engine: str) -> None:
 
 
 @pytest.mark.ops("kl_rows")
-@pytest.mark.parametrize("case", KL, ids=str)
+@pytest.mark.parametrize("case", KL, ids=lambda case: str(case[1]))
 def test_loss_on_every_backend(engine: str, case: tuple[tuple[Any, ...], LossSpec]) -> None:
     args, spec = case
     args = with_gradients((*args, *spec.arguments()), 1)
