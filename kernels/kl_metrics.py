@@ -29,7 +29,7 @@ SUMS = 7
 ROWS_THAT_COUNT, RATIO_MEAN, RATIO_P99 = tl.constexpr(5), tl.constexpr(4), tl.constexpr(5)
 
 FINE_BLOCK = 4096  # entries of a program
-REDUCE_BLOCK = 2048  # programs whose sums are added at a time
+REDUCE_BLOCK, REDUCE_WARPS = 2048, 8  # programs whose sums are added at a time
 
 
 @triton.jit
@@ -45,7 +45,7 @@ def measure(
     histogram,  # [COARSE + FINE] int64
     COARSE: tl.constexpr,
 ):
-    """Writes a program's sums, adds to the histogram of exponents; returns the bins [rows, K] int16, -1 if not drawn."""
+    """Writes a program's sums, adds to the histogram of exponents; returns bins [rows, K] int16, -1 if not drawn."""
     log_weight = log_w + log_p
     weight = exp_precise(log_weight)
     mass, teacher_mass = row_sum(weight), row_sum(exp_precise(log_w + log_q))
@@ -84,11 +84,16 @@ def bin_of_rank(counts, rank):  # [bins] int64
 
 
 @triton.jit
-def rank_of_percentile_99(histogram, COARSE: tl.constexpr):
-    """(counts [COARSE], their sum n, the rank from 1 on that is ceil(0.99 n))"""
+def exponent_of_percentile_99(histogram, COARSE: tl.constexpr):
+    """The exponent of the smallest ratio that 99 % of all n do not exceed, and its rank among those with it, from 1 on.
+
+    Its rank among all is ceil(0.99 n), in integers.
+    """
     counts = tl.load(histogram + tl.arange(0, COARSE))
     total = tl.sum(counts, axis=0)
-    return counts, total, total - total // 100
+    rank = total - total // 100
+    exponent, below = bin_of_rank(counts, rank)
+    return exponent, rank - below
 
 
 @triton.jit
@@ -100,8 +105,7 @@ def _fine_kernel(
     FINE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    counts, _, rank = rank_of_percentile_99(histogram, COARSE)
-    exponent, _ = bin_of_rank(counts, rank)
+    exponent, _ = exponent_of_percentile_99(histogram, COARSE)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     bin = tl.load(bins + at, mask=at < entries, other=-1).to(tl.int32)
     # -1 is shifted to -1, which is no exponent.
@@ -121,28 +125,27 @@ def _metrics_kernel(
     BLOCK: tl.constexpr,
 ):
     metric = tl.program_id(0)
-    lane = tl.arange(0, BLOCK)
-    total, low, rows = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
-    for start in range(0, tl.cdiv(programs, BLOCK) * BLOCK, BLOCK):
-        there = start + lane < programs
-        total, error = sum_pair(total, tl.load(sums + metric * programs + start + lane, mask=there, other=0.0))
-        # An infinity has no rounding error.
-        low += tl.where(tl.abs(total) < INF, error, 0.0)
-        rows += tl.load(sums + ROWS_THAT_COUNT * programs + start + lane, mask=there, other=0.0)
-    row_count = tl.sum(rows.to(tl.int64), axis=0)
-    counts, drawn, rank = rank_of_percentile_99(histogram, COARSE)
-    of_rows = metric < RATIO_MEAN
-    out_of = tl.maximum(tl.where(of_rows, row_count, drawn), 1).to(tl.float32)
-    mean = (tl.sum(total, axis=0) + tl.sum(low, axis=0)) / out_of
-
-    exponent, below = bin_of_rank(counts, rank)
-    within, _ = bin_of_rank(tl.load(histogram + COARSE + tl.arange(0, FINE)), rank - below)
-    # The middle of the bin; where it holds no finite numbers, what it does hold.
-    bits = (exponent << 23) | (within << 16) | 0x8000
-    percentile = tl.where(bits == 0x8000, 0, bits).to(tl.float32, bitcast=True)
-    percentile = tl.where(exponent == 255, tl.where(within == 0, INF, NAN), percentile)
-    percentile = tl.where(drawn == 0, 0.0, percentile)
-    tl.store(metrics + metric, tl.where(metric == RATIO_P99, percentile, mean))
+    if metric == RATIO_P99:
+        exponent, rank = exponent_of_percentile_99(histogram, COARSE)
+        within, _ = bin_of_rank(tl.load(histogram + COARSE + tl.arange(0, FINE)), rank)
+        # The middle of the bin; where it holds no finite numbers, what it does hold; 0 for the lowest, or for none.
+        bits = (exponent << 23) | (within << 16) | 0x8000
+        percentile = tl.where(bits == 0x8000, 0, bits).to(tl.float32, bitcast=True)
+        percentile = tl.where(exponent == 255, tl.where(within == 0, INF, NAN), percentile)
+        tl.store(metrics + metric, tl.where(rank == 0, 0.0, percentile))
+    else:
+        lane = tl.arange(0, BLOCK)
+        total, low, rows = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+        for start in range(0, tl.cdiv(programs, BLOCK) * BLOCK, BLOCK):
+            there = start + lane < programs
+            total, error = sum_pair(total, tl.load(sums + metric * programs + start + lane, mask=there, other=0.0))
+            # An infinity has no rounding error.
+            low += tl.where(tl.abs(total) < INF, error, 0.0)
+            rows += tl.load(sums + ROWS_THAT_COUNT * programs + start + lane, mask=there, other=0.0)
+        drawn = tl.sum(tl.load(histogram + tl.arange(0, COARSE)), axis=0)
+        out_of = tl.where(metric < RATIO_MEAN, tl.sum(rows.to(tl.int64), axis=0), drawn)
+        mean = (tl.sum(total, axis=0) + tl.sum(low, axis=0)) / tl.maximum(out_of, 1).to(tl.float32)
+        tl.store(metrics + metric, mean)
 
 
 def launch_metrics(sums: Tensor, bins: Tensor, histogram: Tensor, metrics: Tensor) -> None:
@@ -152,7 +155,7 @@ def launch_metrics(sums: Tensor, bins: Tensor, histogram: Tensor, metrics: Tenso
         _fine_kernel[(triton.cdiv(bins.numel(), FINE_BLOCK),)](
             bins, histogram, bins.numel(), COARSE, FINE, FINE_BLOCK, num_warps=4
         )
-        _metrics_kernel[(SUMS,)](sums, histogram, metrics, programs, COARSE, FINE, REDUCE_BLOCK, num_warps=4)
+        _metrics_kernel[(SUMS,)](sums, histogram, metrics, programs, COARSE, FINE, REDUCE_BLOCK, num_warps=REDUCE_WARPS)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -181,8 +184,8 @@ def compile_cases() -> list[CompileCase]:
             **dict.fromkeys(("COARSE", "FINE", "BLOCK"), "constexpr"),
         },
         constexprs={"COARSE": COARSE, "FINE": FINE, "BLOCK": REDUCE_BLOCK},
-        num_warps=4,
-        max_registers=128,
-        divisible=("sums", "histogram", "metrics", "programs"),
+        num_warps=REDUCE_WARPS,
+        max_registers=96,
+        divisible=("sums", "histogram", "metrics"),
     )
     return [fine, reduce]

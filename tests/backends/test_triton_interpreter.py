@@ -26,6 +26,7 @@ FILES = {
         15,
     ),
     "own-head": (["tests/backends/test_triton_kernel_gemm.py"], "", 70),
+    "own-losses": (["tests/backends/test_triton_kernel_kl.py"], "", 35),
     "shared": (
         [
             "tests/ops/test_topk.py",
@@ -35,6 +36,18 @@ FILES = {
         ],
         SHARED,
         50,
+    ),
+    "shared-losses": (
+        [
+            "tests/ops/test_opcheck.py",
+            "tests/losses/test_corrections.py",
+            "tests/losses/test_gradients.py",
+            "tests/losses/test_infinite_logits.py",
+            "tests/losses/test_metrics.py",
+            "tests/losses/test_zero_sum.py",
+        ],
+        "triton and not (masses and False) and not test_gather",
+        200,
     ),
 }
 

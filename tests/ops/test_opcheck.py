@@ -95,3 +95,11 @@ def test_gather_on_every_backend(engine: str) -> None:
     for name, args in CASES:
         if name == "gather_logprobs":
             opcheck(OPS.gather_logprobs.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.ops("kl_rows")
+@pytest.mark.parametrize("case", KL, ids=lambda case: str(case[1]))
+def test_loss_on_every_backend(engine: str, case: tuple[tuple[Any, ...], LossSpec]) -> None:
+    args, spec = case
+    args = with_gradients((*args, *spec.arguments()), 1)
+    opcheck(OPS.kl_rows.default, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
