@@ -304,7 +304,7 @@ def _gradient_case(kernel: object, name: str, dtype: str, into: str, add: bool) 
         },
         constexprs={**sizes, **flags},
         num_warps=2,
-        max_registers=96 if joins else 64,
+        max_registers=104 if joins else 64,
         divisible=(
             *("hidden", "keys", "ends", "rows", "factors", "pieces", "bias_pieces", "dweight", "dbias"),
             *("hidden_stride", "dweight_stride", "width", "vocab"),

@@ -54,6 +54,10 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
       for h in (PLAIN, FULL)),
     *(("linear_gather_logits_backward", (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, *h, h is FULL))
       for h in (PLAIN, FULL)),
+    ("linear_gather_logits_backward_into",
+     (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, None, 1.0, 1.0, None, f32(V, H), None)),
+    ("linear_gather_logits_backward_into",
+     (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, MASK, 0.7, 1.3, 4.0, f32(V, H).bfloat16(), f32(V))),
     ("linear_logsumexp", (f32(N, H), f32(V, H), *FULL)),
     *(("kl_rows", (*args, *spec.arguments())) for args, spec in KL),
     ("linear_kl", (f32(N, H), f32(V, H), None, None, IDS, LOGQ, LOGW, None, torch.tensor(4.0), 1.0, 1.0, None,
@@ -103,3 +107,10 @@ def test_loss_on_every_backend(engine: str, case: tuple[tuple[Any, ...], LossSpe
     args, spec = case
     args = with_gradients((*args, *spec.arguments()), 1)
     opcheck(OPS.kl_rows.default, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+@pytest.mark.ops("linear_gather_logits", "linear_gather_logits_backward", "linear_gather_logits_backward_into")
+def test_sampled_head_on_every_backend(engine: str) -> None:
+    for name, args in CASES:
+        if name.startswith("linear_gather_logits"):
+            opcheck(getattr(OPS, name).default, args, test_utils=("test_schema", "test_faketensor"))
