@@ -35,6 +35,11 @@ FILES = {
         SHARED,
         50,
     ),
+    "features": (
+        ["tests/ops/test_capture.py", "tests/ops/test_torch_features.py", "tests/ops/test_vocab_shards.py"],
+        "triton",
+        12,
+    ),
 }
 
 

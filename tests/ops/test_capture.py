@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncopd import backends
 from asyncopd.backends.loss_spec import SPEC_FIELDS, LossSpec
-from asyncopd.backends.reference import rows
+from asyncopd.backends.reference import rows, sample
 
 Case = tuple[str, tuple[Any, ...]]
 
@@ -104,16 +104,19 @@ def test_triton_launchers_wait_for_nothing(
 
     # Ids are read to be refused on a CPU, which the interpreter's tensors are on, and nowhere else.
     for module in vars(kernels).values():
-        if hasattr(module, "check_ids_in_range"):
-            monkeypatch.setattr(module, "check_ids_in_range", lambda *_: None)
+        for check in ("check_ids_in_range", "check_possible"):
+            if hasattr(module, check):
+                monkeypatch.setattr(module, check, lambda *_, **__: None)
     with NothingReadBack():
         call_backend(runner, name, args)
 
 
-def test_the_guard_of_ids_reads_on_a_cpu_only() -> None:
-    with pytest.raises(AssertionError, match="waits"), NothingReadBack():
-        rows.check_ids_in_range(torch.zeros(2, 2, dtype=torch.int64), 5)
-    rows.check_ids_in_range(torch.empty(2, 2, dtype=torch.int64, device="meta"), 5)
+def test_ids_are_read_on_a_cpu_only() -> None:
+    ids, logits = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 5)
+    for check, args in ((rows.check_ids_in_range, (ids, 5)), (sample.check_possible, (logits, ids))):
+        with pytest.raises(AssertionError, match="waits"), NothingReadBack():
+            check(*args)
+        check(*moved(args, "meta"))
 
 
 # --------------------------------------------------------------------------------------------------------- on a GPU
