@@ -4,13 +4,14 @@ A graph is captured once and replayed with new inputs in the same memory: a step
 and one that depends on the data or on where tensors lie breaks the replay.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from each_backend import DEVICES, runs
-from test_opcheck import CASES, OPS
+from each_backend import DEVICES
+from test_opcheck import OPS, moved, op_cases
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,26 +19,9 @@ from asyncopd import backends
 from asyncopd.backends.loss_spec import SPEC_FIELDS, LossSpec
 from asyncopd.backends.reference import rows, sample
 
-Case = tuple[str, tuple[Any, ...]]
-
-
-def op_cases(*names: str) -> list[Any]:
-    """Every case of opcheck on each of these backends that has the op, as (backend, op, arguments)."""
-    return [
-        pytest.param(backend, name, args, id=f"{backend}-{name}-{i}")
-        for backend in names
-        if runs(backend)
-        for i, (name, args) in enumerate(CASES)
-        if backends.has_op(backend, name)
-    ]
-
 
 def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
     return [a for a in args if isinstance(a, Tensor)]
-
-
-def moved(args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
-    return tuple(a.to(device, copy=True) if isinstance(a, Tensor) else a for a in args)
 
 
 def other_values(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -134,6 +118,7 @@ def forced(runner: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif("PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ, reason="a graph needs the caching allocator")
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize(("runner", "name", "args"), GPU)
 def test_a_graph_replays_with_new_inputs(runner: str, name: str, args: tuple[Any, ...]) -> None:
