@@ -23,6 +23,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops(*names): the ops of asyncopd.backends that a test runs")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Processes that share the tests out (pytest-xdist) have to agree on their names.
+    addresses = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    assert not addresses, f"names with an address in them, give ids=label: {addresses[:3]}"
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     ops = {op for mark in metafunc.definition.iter_markers("ops") for op in mark.args}
     if "engine" in metafunc.fixturenames and "backend" not in metafunc.fixturenames:

@@ -14,6 +14,11 @@ DEVICES = {"triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cu
 TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (3e-5, 3e-6)}
 
 
+def label(value: object) -> str:
+    """A parameter in a test's name, the same in every process: a function's address is not."""
+    return getattr(value, "__name__", str(value))
+
+
 def runs(name: str) -> bool:
     """Whether a backend can run on this machine at all."""
     try:

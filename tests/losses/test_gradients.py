@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from each_backend import Backend
+from each_backend import Backend, label
 from oracle import Options, dz_of, forward_row, reverse_row, rows_of
 from scenes import DRAWS, Scene, full_support, on, scene, support
 from torch import Tensor
@@ -41,7 +41,7 @@ def of(s: Scene, draw: str, rng: torch.Generator) -> Support:
     return full_support(s.log_q) if draw == "full" else support(s, draw, rng, samples=4)
 
 
-@pytest.mark.parametrize(("draw", "loss", "options"), TRUE_DERIVATIVES, ids=str)
+@pytest.mark.parametrize(("draw", "loss", "options"), TRUE_DERIVATIVES, ids=label)
 def test_gradcheck_on_logits(rng: torch.Generator, draw: str, loss: Any, options: dict[str, Any]) -> None:
     s = scene(rng, rows=3, vocab=7)
     sup = of(s, draw, rng)
@@ -54,7 +54,7 @@ def test_gradcheck_on_logits(rng: torch.Generator, draw: str, loss: Any, options
     assert torch.autograd.gradcheck(run, (s.log_p + 0.3).requires_grad_())
 
 
-@pytest.mark.parametrize(("draw", "loss", "options"), TRUE_DERIVATIVES, ids=str)
+@pytest.mark.parametrize(("draw", "loss", "options"), TRUE_DERIVATIVES, ids=label)
 def test_gradcheck_through_the_head(rng: torch.Generator, draw: str, loss: Any, options: dict[str, Any]) -> None:
     s = scene(rng, rows=3, vocab=7)
     sup = of(s, draw, rng)

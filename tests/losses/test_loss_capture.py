@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from each_backend import DEVICES
+from each_backend import DEVICES, label
 from torch import Tensor
 
 from asyncopd import Support, forward_kl, gather_logprobs, linear_forward_kl, linear_reverse_kl, reverse_kl
@@ -89,7 +89,7 @@ def assert_replays(step: Callable[[dict[str, Tensor]], list[Tensor]], engine: st
 
 @pytest.mark.gpu
 @pytest.mark.ops("kl_rows", *LINEAR)
-@pytest.mark.parametrize(("loss", "options"), OPTIONS, ids=str)
+@pytest.mark.parametrize(("loss", "options"), OPTIONS, ids=label)
 def test_a_fused_loss_replays(engine: str, loss: Any, options: dict[str, Any]) -> None:
     assert_replays(fused(loss, options), engine)
 

@@ -4,40 +4,24 @@ A graph is captured once and replayed with new inputs in the same memory: a step
 and one that depends on the data or on where tensors lie breaks the replay.
 """
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from each_backend import DEVICES, runs
-from test_opcheck import CASES, OPS
+from each_backend import DEVICES
+from test_opcheck import OPS, moved, op_cases
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncopd import backends
 from asyncopd.backends.loss_spec import SPEC_FIELDS, LossSpec
-from asyncopd.backends.reference import rows
-
-Case = tuple[str, tuple[Any, ...]]
-
-
-def op_cases(*names: str) -> list[Any]:
-    """Every case of opcheck on each of these backends that has the op, as (backend, op, arguments)."""
-    return [
-        pytest.param(backend, name, args, id=f"{backend}-{name}-{i}")
-        for backend in names
-        if runs(backend)
-        for i, (name, args) in enumerate(CASES)
-        if backends.has_op(backend, name)
-    ]
+from asyncopd.backends.reference import rows, sample
 
 
 def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
     return [a for a in args if isinstance(a, Tensor)]
-
-
-def moved(args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
-    return tuple(a.to(device, copy=True) if isinstance(a, Tensor) else a for a in args)
 
 
 def other_values(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -104,16 +88,19 @@ def test_triton_launchers_wait_for_nothing(
 
     # Ids are read to be refused on a CPU, which the interpreter's tensors are on, and nowhere else.
     for module in vars(kernels).values():
-        if hasattr(module, "check_ids_in_range"):
-            monkeypatch.setattr(module, "check_ids_in_range", lambda *_: None)
+        for check in ("check_ids_in_range", "check_possible"):
+            if hasattr(module, check):
+                monkeypatch.setattr(module, check, lambda *_, **__: None)
     with NothingReadBack():
         call_backend(runner, name, args)
 
 
-def test_the_guard_of_ids_reads_on_a_cpu_only() -> None:
-    with pytest.raises(AssertionError, match="waits"), NothingReadBack():
-        rows.check_ids_in_range(torch.zeros(2, 2, dtype=torch.int64), 5)
-    rows.check_ids_in_range(torch.empty(2, 2, dtype=torch.int64, device="meta"), 5)
+def test_ids_are_read_on_a_cpu_only() -> None:
+    ids, logits = torch.zeros(2, dtype=torch.int64), torch.zeros(2, 5)
+    for check, args in ((rows.check_ids_in_range, (ids, 5)), (sample.check_possible, (logits, ids))):
+        with pytest.raises(AssertionError, match="waits"), NothingReadBack():
+            check(*args)
+        check(*moved(args, "meta"))
 
 
 # --------------------------------------------------------------------------------------------------------- on a GPU
@@ -131,6 +118,7 @@ def forced(runner: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif("PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ, reason="a graph needs the caching allocator")
 @pytest.mark.usefixtures("forced")
 @pytest.mark.parametrize(("runner", "name", "args"), GPU)
 def test_a_graph_replays_with_new_inputs(runner: str, name: str, args: tuple[Any, ...]) -> None:

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from each_backend import DEVICES, runs
 from torch.library import opcheck
 
-import asyncopd  # noqa: F401  (registers the ops)
+from asyncopd import backends
 from asyncopd.backends.loss_spec import LossSpec
 
 OPS = torch.ops.asyncopd
@@ -94,23 +95,27 @@ def test_every_op_of_the_library_is_checked() -> None:
     assert registered == {name for name, _ in CASES}
 
 
-@pytest.mark.ops("gather_logprobs")
-def test_gather_on_every_backend(engine: str) -> None:
-    for name, args in CASES:
-        if name == "gather_logprobs":
-            opcheck(OPS.gather_logprobs.default, args, test_utils=("test_schema", "test_faketensor"))
+def op_cases(*names: str) -> list[Any]:
+    """Every case on each of these backends that has the op, as (backend, op, arguments)."""
+    return [
+        pytest.param(backend, name, args, id=f"{backend}-{name}-{i}")
+        for backend in names
+        if runs(backend)
+        for i, (name, args) in enumerate(CASES)
+        if backends.has_op(backend, name)
+    ]
 
 
-@pytest.mark.ops("kl_rows")
-@pytest.mark.parametrize("case", KL, ids=lambda case: str(case[1]))
-def test_loss_on_every_backend(engine: str, case: tuple[tuple[Any, ...], LossSpec]) -> None:
-    args, spec = case
-    args = with_gradients((*args, *spec.arguments()), 1)
-    opcheck(OPS.kl_rows.default, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+def moved(args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """Copies of the tensors on a device."""
+    return tuple(a.to(device, copy=True) if isinstance(a, torch.Tensor) else a for a in args)
 
 
-@pytest.mark.ops("linear_gather_logits", "linear_gather_logits_backward", "linear_gather_logits_backward_into")
-def test_sampled_head_on_every_backend(engine: str) -> None:
-    for name, args in CASES:
-        if name.startswith("linear_gather_logits"):
-            opcheck(getattr(OPS, name).default, args, test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize(("runner", "name", "args"), op_cases("cpu", "triton", "cuda"))
+def test_every_backend_returns_what_the_fake_says(
+    runner: str, name: str, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes, dtypes, strides and devices, and that inputs stay as they are."""
+    monkeypatch.setenv("ASYNCOPD_BACKEND", runner)
+    args = moved(args, DEVICES.get(runner, "cpu"))
+    opcheck(getattr(OPS, name).default, args, test_utils=("test_schema", "test_faketensor"))

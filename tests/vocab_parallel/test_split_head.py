@@ -1,32 +1,54 @@
-"""A head split over two gloo processes gives what the whole head gives in one: losses, gradients and top-K."""
+"""A head split over processes gives what the whole head gives in one: losses, gradients and top-K."""
 
 import re
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import split_head_cases as cases
+import split_head_worker as worker
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import vocab_parallel_worker as worker
 from torch import Tensor
 
-from asyncopd import VocabShard, backends
+from asyncopd import VocabShard
 
-pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch without gloo")
-SETUPS = [setup for setup in worker.SETUPS if backends.unavailable_reason(setup[0]) is None]
-SETUP_IDS = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in SETUPS]
+SETUPS = worker.setups()
 # Of what fp32 sums of a few hundred terms of size 1 lose, seen through one exp and one log.
 ACCURACY = {torch.float64: (1e-12, 1e-12), torch.float32: (5e-6, 2e-6), torch.bfloat16: (5e-6, 2e-6)}
-Setup = tuple[str, torch.dtype]
+Results = list[dict[Any, Any]]  # of each rank
+on_each_setup = pytest.mark.parametrize(
+    "setup", SETUPS, ids=["-".join(map(str, setup)).replace("torch.", "") for setup in SETUPS]
+)
+gloo = pytest.mark.skipif(all(device != "cpu" for device, _, _ in SETUPS), reason="torch without gloo")
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
-    """What each rank got, by engine, dtype, kind and case."""
-    folder: Path = tmp_path_factory.mktemp("gloo")
-    mp.spawn(worker.main, args=(str(folder),), nprocs=worker.WORLD)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(worker.WORLD)]
+def ranks_on(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Results]:
+    """By device, what each rank got."""
+
+    @cache
+    def run(device: str) -> Results:
+        folder: Path = tmp_path_factory.mktemp(device)
+        world = 2 if device == "cpu" else min(2, torch.cuda.device_count())
+        mp.spawn(worker.main, args=(str(folder), device, world), nprocs=world)
+        return [torch.load(folder / f"{rank}.pt", map_location="cpu") for rank in range(world)]
+
+    return run
+
+
+@pytest.fixture
+def ranks(ranks_on: Callable[[str], Results]) -> Results:
+    return ranks_on("cpu")
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is expected is made by the specification."""
+    monkeypatch.setenv("ASYNCOPD_BACKEND", "reference")
 
 
 def assert_close(name: str, got: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
@@ -44,17 +66,15 @@ def assert_same_bits(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=SETUP_IDS)
-@pytest.mark.parametrize("case", worker.CASES)
-def test_losses_and_gradients(
-    ranks: list[dict[Any, Any]], setup: Setup, case: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("ASYNCOPD_BACKEND", "reference")
-    dtype = setup[1]
-    expected = worker.run_loss(worker.CASES[case], dtype, None)
-    got = [rank[(*setup, "loss", case)] for rank in ranks]
+@on_each_setup
+@pytest.mark.parametrize("case", cases.CASES)
+@pytest.mark.usefixtures("reference")
+def test_losses_and_gradients(ranks_on: Callable[[str], Results], setup: worker.Setup, case: str) -> None:
+    dtype = setup[2]
+    expected = worker.run_loss(cases.CASES[case], dtype, None)
+    got = [rank[setup, "loss", case] for rank in ranks_on(setup[0])]
     for name in ("loss", "metrics", "hidden"):
-        assert_same_bits(got[0][name], got[1][name])
+        assert_same_bits(got[0][name], got[-1][name])
     for name in expected:
         mine = torch.cat([rank[name] for rank in got]) if name in ("weight", "bias") else got[0][name]
         if name == "metrics":
@@ -63,11 +83,11 @@ def test_losses_and_gradients(
             assert_close(name, mine, expected[name], dtype)
 
 
-def test_the_cases_are_not_trivial(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("reference")
+def test_the_cases_are_not_trivial() -> None:
     """Each of them has gradients in both parts of the head, and of the hidden states, but for those named."""
-    monkeypatch.setenv("ASYNCOPD_BACKEND", "reference")
-    cut = worker.SIZES[0]
-    for name, case in worker.CASES.items():
+    cut = cases.SIZES[0]
+    for name, case in cases.CASES.items():
         got = worker.run_loss(case, torch.float64, None)
         if name in ("no_rows", "no_mass", "infinite_logit", "nan_row", "nan_in_one_shard"):
             continue
@@ -78,49 +98,65 @@ def test_the_cases_are_not_trivial(monkeypatch: pytest.MonkeyPatch) -> None:
         assert [i for i, part in enumerate(parts) if not part.any()] == empty, name
 
 
-@pytest.mark.parametrize("setup", SETUPS, ids=SETUP_IDS)
+@on_each_setup
 @pytest.mark.parametrize("kind", ["logits", "linear"])
-@pytest.mark.parametrize("case", worker.TOPK)
-def test_topk(ranks: list[dict[Any, Any]], setup: Setup, kind: str, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ASYNCOPD_BACKEND", "reference")
-    dtype = setup[1]
+@pytest.mark.parametrize("case", cases.TOPK)
+@pytest.mark.usefixtures("reference")
+def test_topk(ranks_on: Callable[[str], Results], setup: worker.Setup, kind: str, case: str) -> None:
+    dtype = setup[2]
     expected = worker.run_topk(case, dtype, None, linear=kind == "linear")
-    got = [rank[(*setup, kind, case)] for rank in ranks]
+    got = [rank[setup, kind, case] for rank in ranks_on(setup[0])]
     for name in expected:
-        assert_same_bits(got[0][name], got[1][name])
+        assert_same_bits(got[0][name], got[-1][name])
     assert got[0]["ids"].dtype == torch.int64
     # A NaN row has valid ids, and that is all that is said of them.
     known = ~expected["logsumexp"].isnan()
     assert torch.equal(got[0]["ids"][known], expected["ids"][known])
     ids = got[0]["ids"]
-    assert ((ids >= 0) & (ids < worker.V)).all()
+    assert ((ids >= 0) & (ids < cases.V)).all()
     assert all(len(set(row.tolist())) == ids.shape[1] for row in ids)
     for name in ("logprobs", "logsumexp"):
         assert got[0][name].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert_close(name, got[0][name], expected[name], dtype)
 
 
-def test_the_cases_of_topk_cross_the_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ASYNCOPD_BACKEND", "reference")
-    for name in worker.TOPK:
+@pytest.mark.usefixtures("reference")
+def test_the_cases_of_topk_cross_the_cut() -> None:
+    for name in cases.TOPK:
         top = worker.run_topk(name, torch.float64, None, linear=True)
         known = ~top["logsumexp"].isnan()
-        here = top["ids"][known] >= worker.SIZES[0]
+        here = top["ids"][known] >= cases.SIZES[0]
         assert here.any(), name
         assert name in ("one", "one_sided") or not here.all(), name
     top = worker.run_topk("ties", torch.float64, None, linear=True)
     ties = top["logprobs"][:, 1:] == top["logprobs"][:, :-1]
-    crossing = (top["ids"][:, 1:] >= worker.SIZES[0]) & (top["ids"][:, :-1] < worker.SIZES[0])
+    crossing = (top["ids"][:, 1:] >= cases.SIZES[0]) & (top["ids"][:, :-1] < cases.SIZES[0])
     assert (ties & crossing).any()
 
 
-def test_shards_follow_each_other(ranks: list[dict[Any, Any]]) -> None:
-    first, second = worker.SIZES
-    assert ranks[0]["shard"] == (0, first, first + second, worker.SIZES)
-    assert ranks[1]["shard"] == (first, second, first + second, worker.SIZES)
+@gloo
+def test_shards_follow_each_other(ranks: Results) -> None:
+    first, second = cases.SIZES
+    assert ranks[0]["shard"] == (0, first, first + second, cases.SIZES)
+    assert ranks[1]["shard"] == (first, second, first + second, cases.SIZES)
 
 
-def test_nothing_is_as_large_as_the_logits_of_a_shard(ranks: list[dict[Any, Any]]) -> None:
+@gloo
+@pytest.mark.usefixtures("reference")
+def test_the_ranks_are_those_of_the_group(ranks: Results) -> None:
+    expected = {
+        **worker.run_loss(cases.CASES["everything"], torch.float64, None),
+        **worker.run_topk("plain", torch.float64, None, linear=True),
+    }
+    for rank in ranks:
+        got, told = rank["alone"]
+        for name in expected:
+            torch.testing.assert_close(got[name], expected[name], rtol=1e-12, atol=1e-12, msg=name)
+        assert told.startswith("group: this rank is not one of it"), told
+
+
+@gloo
+def test_nothing_is_as_large_as_the_logits_of_a_shard(ranks: Results) -> None:
     for rank in ranks:
         sizes = dict(rank["memory"])
         logits = sizes.pop("N x V_r")
@@ -146,25 +182,28 @@ SAID = {
 }
 
 
+@gloo
 @pytest.mark.parametrize("name", SAID)
-def test_wrong_arguments_are_refused_by_name_on_every_rank(ranks: list[dict[Any, Any]], name: str) -> None:
+def test_wrong_arguments_are_refused_by_name_on_every_rank(ranks: Results, name: str) -> None:
     for rank, results in enumerate(ranks):
         assert set(results["refusals"]) == set(SAID)
-        size, first = worker.SIZES[rank], (0, *worker.SIZES)[rank]
+        size, first = cases.SIZES[rank], (0, *cases.SIZES)[rank]
         expected = SAID[name].format(size=size, first=first, last=first + size - 1, more=size + 1)
         assert re.search(expected, results["refusals"][name]), results["refusals"][name]
 
 
+@gloo
 @pytest.mark.parametrize("what", ["everything", "mean_baseline", "sampled", "top-K"])
 @pytest.mark.parametrize("how", ["compiled", "autocast"])
-def test_compiled_and_under_autocast(ranks: list[dict[Any, Any]], how: str, what: str) -> None:
+def test_compiled_and_under_autocast(ranks: Results, how: str, what: str) -> None:
     for rank in ranks:
         got, expected = rank["features"][f"{how} {what}"]
         for name in expected:
             assert_same_bits(got[name], expected[name])
 
 
-def test_an_id_that_no_rank_holds_shows_where_it_cannot_be_refused(ranks: list[dict[Any, Any]]) -> None:
+@gloo
+def test_an_id_that_no_rank_holds_shows_where_it_cannot_be_refused(ranks: Results) -> None:
     for rank in ranks:
         assert rank["unseen id"].isnan().tolist() == [True, False, False, False, False, False, False]
 
