@@ -88,18 +88,13 @@ struct Candidates {
     if (threadIdx.x == 0) state.count = 0;
   }
 
-  // By whole warps. make(): the key of a thread that wants to append. Returns how many there are now, or 0 if nobody
-  // in this warp appended.
-  template <typename Make>
-  __device__ __forceinline__ int append(bool wanted, Make make) const {
-    const unsigned votes = __ballot_sync(~0u, wanted);
-    if (votes == 0) return 0;
-    const int lane = threadIdx.x % 32;
-    int base = 0;
-    if (lane == 0) base = atomicAdd(&state.count, __popc(votes));
-    base = __shfl_sync(~0u, base, 0);
-    if (wanted) keys[base + __popc(votes & ((1u << lane) - 1))] = make();
-    return base + __popc(votes);
+  // Returns how many keys there are after it, 0 if it was not wanted. The compiler makes one addition of a warp's, by a
+  // vote. In what order threads come differs from run to run, and is forgotten: keys are chosen and sorted by value.
+  __device__ __forceinline__ int append(bool wanted, Key key) const {
+    if (!wanted) return 0;
+    const int place = atomicAdd(&state.count, 1);
+    keys[place] = key;
+    return place + 1;
   }
 
   // A bound on the k-th largest of `count` > k keys that at most `limit` of them reach, or as many as equal it in the
@@ -114,6 +109,7 @@ struct Candidates {
       state.histogram[threadIdx.x] = 0;
       __syncthreads();
       const Key digit = (Key{1} << (old_shift - bound.shift)) - 1;
+#pragma unroll 1
       for (int i = threadIdx.x; i < count; i += kThreads) {
         const Key key = keys[i];
         if (key >> old_shift == bound.prefix) atomicAdd(&state.histogram[key >> bound.shift & digit], 1);
@@ -134,7 +130,7 @@ struct Candidates {
       const int i = start + threadIdx.x;
       const Key key = i < count ? keys[i] : 0;
       __syncthreads();
-      append(i < count && key >> bound.shift >= bound.prefix, [=] { return key; });
+      append(i < count && key >> bound.shift >= bound.prefix, key);
     }
     __syncthreads();
   }

@@ -1,8 +1,7 @@
 // LSE + exact top-K of rows on CUDA. NOT YET RUN ON A GPU: compiled, inspected, and run thread by thread on a CPU.
 //
 // One read of the logits, in 16-byte vectors, two a thread at a time. A vector is added to the thread's sum (row.cuh);
-// if its largest logit beats the threshold, its warp appends what beats it to the candidates in shared memory, placed
-// by ballots. Where they might not hold another chunk, the K best stay and the threshold rises (select.cuh). Ids come
+// if its largest logit beats the threshold, what beats it is appended to the candidates in shared memory. Where they might not hold another chunk, the K best stay and the threshold rises (select.cuh). Ids come
 // in ascending order from chunk to chunk, so a logit that equals the threshold is no candidate. The threshold begins
 // at the K-th largest of the first vectors' maxima, each a logit of its own.
 //
@@ -112,6 +111,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int segments = (slots + kSegmentSlots - 1) / kSegmentSlots;
   int segment = static_cast<int>(int64_t{segments} * part / parts);
   const int end = min(static_cast<int>(int64_t{segments} * (part + 1) / parts) * kSegmentSlots, slots);
+  const int columns_end = min(row.first_column(end), row.vocab);
 
   int slot = segment * kSegmentSlots + static_cast<int>(threadIdx.x);
   uint4 ahead[kVectors];
@@ -149,15 +149,18 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       const int mine = slot + v * kThreads;
       ahead[v] = row.load(mine + kChunkSlots, end);
       const Accumulator::Seen seen = sum.add(z, scale.scale, scale.slack);
-      if (!__any_sync(~0u, !(seen.top <= threshold) || seen.nan)) continue;
-      // Slots that are not this part's are -inf, and of no id.
-      const int first = mine < end ? row.first_column(mine) : row.vocab;
+      if (seen.top <= threshold && !seen.nan) continue;
+      // Few lanes get here. A bit for each column that passes.
+      unsigned passing = 0;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const bool is_column = static_cast<unsigned>(first + j) < static_cast<unsigned>(row.vocab);
-        appended = max(appended, buffer.append(is_column && !(z[j] <= threshold), [&] {
-          return make_key(value_key<T>(z[j]), first + j, id_bits);
-        }));
+      for (int j = 0; j < kColumns; ++j) passing |= z[j] <= threshold ? 0u : 1u << j;
+      for (; passing != 0; passing &= passing - 1) {
+        const int column = row.first_column(mine) + __ffs(passing) - 1;
+        // Before the row begins, beyond its end, or another part's.
+        if (static_cast<unsigned>(column) >= static_cast<unsigned>(columns_end)) continue;
+        // The value is read again, from L1: that is shorter than to pick it from eight registers.
+        const Key key = make_key(value_key<T>(to_float(row.start[column])), column, id_bits);
+        appended = buffer.append(true, key);
       }
     }
     slot += kChunkSlots;
@@ -171,7 +174,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       sum = Accumulator();
       ++segment;
     }
-    // The warp that appended last knows how many there are. One barrier: whoever passes it may append again.
+    // Whoever appended last knows how many there are. One barrier: who passes it may append again.
     if (__syncthreads_or(last || appended > room_for(k))) {
       bound = select(buffer, k, last, bound);
       threshold = key_value<T>(static_cast<uint32_t>(bound.lowest() >> id_bits));
@@ -210,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   for (int begin = 0; begin < count; begin += kThreads) {
     const int i = begin + threadIdx.x;
     const Key key = i < count ? part_keys[n * count + i] : 0;
-    const int appended = buffer.append(key != 0 && key >= bound.lowest(), [=] { return key; });
+    const int appended = buffer.append(key != 0 && key >= bound.lowest(), key);
     const bool last = begin + kThreads >= count;
     if (__syncthreads_or(last || appended > room_for(k))) bound = select(buffer, k, last, bound);
   }
