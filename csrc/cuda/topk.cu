@@ -111,7 +111,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int segments = (slots + kSegmentSlots - 1) / kSegmentSlots;
   int segment = static_cast<int>(int64_t{segments} * part / parts);
   const int end = min(static_cast<int>(int64_t{segments} * (part + 1) / parts) * kSegmentSlots, slots);
-  const int columns_end = min(row.first_column(end), row.vocab);
 
   int slot = segment * kSegmentSlots + static_cast<int>(threadIdx.x);
   uint4 ahead[kVectors];
@@ -156,8 +155,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
       for (int j = 0; j < kColumns; ++j) passing |= z[j] <= threshold ? 0u : 1u << j;
       for (; passing != 0; passing &= passing - 1) {
         const int column = row.first_column(mine) + __ffs(passing) - 1;
-        // Before the row begins, beyond its end, or another part's.
-        if (static_cast<unsigned>(column) >= static_cast<unsigned>(columns_end)) continue;
+        // Before the row begins, or beyond its end: a chunk is never two parts'.
+        if (static_cast<unsigned>(column) >= static_cast<unsigned>(row.vocab)) continue;
         // The value is read again, from L1: that is shorter than to pick it from eight registers.
         const Key key = make_key(value_key<T>(to_float(row.start[column])), column, id_bits);
         appended = buffer.append(true, key);

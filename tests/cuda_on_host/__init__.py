@@ -18,10 +18,12 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -44,15 +46,22 @@ def compiler() -> list[str] | None:
     return named or ([found] if found else None)
 
 
+NEEDED = [
+    pytest.mark.skipif(compiler() is None, reason="no C++ compiler (CXX, c++, g++, clang++) to compile csrc/cuda with"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the fibres need Linux"),
+    pytest.mark.skipif(os.environ.get("ASYNCOPD_SANITIZE") == "1", reason="fibres confuse the sanitizers"),
+]
+
+
 class Library:
     """CUDA sources that became a shared library; launches take CPU tensors."""
 
-    def __init__(self, sources: Sequence[Path]) -> None:
-        self._library = ctypes.CDLL(str(_build(sources)))
+    def __init__(self, path: Path) -> None:
+        self._library = ctypes.CDLL(str(path))
         self._library.cuda_on_host_message.restype = ctypes.c_char_p
 
     def call(self, name: str, *arguments: object, schedule: int = FORWARD) -> int:
-        """A launcher's status; an AssertionError with the machine's message where a launch failed."""
+        """What the function returned; an AssertionError with the machine's message where a kernel failed."""
         self._library.cuda_on_host_schedule(schedule)
         function = getattr(self._library, name)
         function.restype = ctypes.c_int64
@@ -73,32 +82,44 @@ def _as_c(value: object) -> object:
     return ctypes.c_int64(value)
 
 
-def _build(sources: Sequence[Path]) -> Path:
-    """Compiled once for each content of the sources and of all headers."""
+def build(sources: Sequence[Path], folder: Path = CACHE) -> Path:
+    """The shared library of these sources. Nothing is compiled twice for the same content, headers included."""
+    # No contraction: a device's compiler fuses other products than the host's would.
+    options = ["-std=c++17", "-O1", "-fPIC", "-ffp-contract=off", f"-I{HERE}"]
+    headers = [*sorted(HERE.glob("*.h")), CSRC / "cpu" / "codes.h"]
+    machine = HERE / "machine.cpp"
+    objects = [_output(machine, [*options, "-c", "-x", "c++", machine], headers, CACHE)]
+    for source in sources:
+        beside = [path for pattern in ("*.h", "*.cuh") for path in sorted(source.parent.glob(pattern))]
+        objects.append(_output(source, [*options, "-c", "-x", "c++", source], [*headers, *beside], folder))
+    return _output(sources[0], ["-shared", *objects], objects, folder)
+
+
+def _output(source: Path, arguments: Sequence[str | Path], depends: Sequence[Path], folder: Path) -> Path:
+    """What the compiler makes of these arguments, named after the content of all that goes in."""
     cxx = compiler()
     assert cxx is not None
-    # No contraction: a device's compiler fuses other products than the host's would.
-    command = [*cxx, "-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off"]
-    command += [f"-I{HERE}", f"-I{CSRC / 'cuda'}", "-x", "c++"]
-    digest = hashlib.sha256(" ".join(command).encode())
-    headers = [path for pattern in ("*.h", "*.cuh") for path in CSRC.rglob(pattern)]
-    machine = HERE / "machine.cpp"
-    for path in (*sources, *sorted(headers), *sorted(HERE.glob("*.h")), machine):
+    digest = hashlib.sha256(" ".join(map(str, [*cxx, *arguments])).encode())
+    for path in (source, *depends):
         digest.update(path.read_bytes())
-    library = CACHE / f"{sources[0].stem}-{digest.hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    CACHE.mkdir(parents=True, exist_ok=True)
-    partial = library.with_suffix(f".{os.getpid()}.partial")
-    done = subprocess.run([*command, *sources, machine, "-o", partial], capture_output=True, text=True)
+    output = folder / f"{source.stem}-{digest.hexdigest()[:16]}"
+    if output.exists():
+        return output
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = output.with_suffix(f".{os.getpid()}.partial")
+    done = subprocess.run([*cxx, *arguments, "-o", partial], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    partial.replace(library)
-    return library
+    partial.replace(output)
+    return output
 
 
 @cache
+def library(*sources: Path) -> Library:
+    return Library(build(sources))
+
+
 def kernels() -> Library:
-    return Library(sorted((CSRC / "cuda").glob("*.cu")))
+    return library(*sorted((CSRC / "cuda").glob("*.cu")))
 
 
 def gather_logprobs(
