@@ -1,7 +1,7 @@
 """The `cuda` backend: CUDA kernels of csrc/cuda, compiled into `asyncopd._C` where nvcc was found.
 
-Not yet run on a GPU: the kernels are compiled and inspected (no spills, no fp64 arithmetic), and tested on a CPU, thread
-by thread (tests/cuda_on_host).
+Not yet run on a GPU: the kernels are compiled and inspected (no spills, no fp64 arithmetic), and tested on a CPU,
+thread by thread (tests/cuda_on_host).
 """
 
 import torch

@@ -5,18 +5,22 @@
 // in ascending order from chunk to chunk, so a logit that equals the threshold is no candidate. The threshold begins
 // at the K-th largest of the first vectors' maxima, each a logit of its own.
 //
-// Cost of a row, V = 151,936 in bf16, K = 64 (37 chunks of 4096, 594 warp loads of 512 bytes), as a model:
-//   bytes         1 read: 303,872. An SM's share of an H100's 3.35 TB/s is 14.5 bytes a cycle (1.75 GHz): a warp load
-//                 every 35 cycles, so 140 issue slots of its four schedulers hide behind it.
-//   sum           about 65 instructions a warp load: 8 columns at 6 (convert, max, subtract, scale, exp2, add), and the
-//                 loop. 8 exp2 take 16 of the 35 cycles of the SM's special function units.
-//   candidates    K ln(V / K) = 500 of a row in random order if the threshold rose with each; it rises when there are
-//                 K + max(K, 256) of them, each time by a factor of 1 + max(K, 256) / K in rank: about 900, in under
-//                 half of the warp loads, of about 60 instructions each.
-//   selections    3 of at most 576 keys, 3 digits each: 6,000 instructions of the 80,000 that a row has time for.
+// Cost of a row, V = 151,936 in bf16, K = 64 (37 chunks of 4096, 594 warp loads of 512 bytes), as a model; instructions
+// are those of the sm_90 code, counts of candidates those of normally distributed logits in random order:
+//   bytes         1 read: 303,872. An SM's share of an H100's 3.35 TB/s is 14.5 bytes a cycle (at 1.75 GHz): 16 bytes
+//                 about every cycle, a warp load every 35, behind which 140 issue slots of its four schedulers hide.
+//   sum           71 instructions a warp load (per column: convert, max, subtract, scale, exp2, add): 42,000.
+//                 8 exp2 a lane take 16 of the 35 cycles of the special function units.
+//   candidates    660, where K + K ln(V / K) = 560 are the least; they come in half of the warp loads, 80 instructions
+//                 each: 24,000.
+//   selections    the bound from the first vectors' maxima, 3 choices among 270 keys on average, the sort: about 10,000.
+//   together      about 76,000 of the 84,000 slots of a row that arrives at full bandwidth: close to the limit.
 //   in flight     4 blocks of 256 threads an SM, two loads each: 32 KiB; 3.35 TB/s times 700 ns are 17 KiB an SM.
-// The worst case is a rising row: all are candidates and every chunk ends with a selection among all of its columns:
-// linear in V, about 10 times the instructions.
+//   shared        8 bytes a key, room for K + max(K, 256) and a chunk: 36 KiB a block, 48 KiB for K = 1024 (there an
+//                 A100 takes three blocks).
+// A larger K costs: 1,800 candidates and 6 choices for K = 256, 9,600 and 7 for K = 1024, where the threshold begins
+// without a bound. The worst case is a rising row: all are candidates and every chunk ends with a choice among all of
+// its columns: linear in V, about 10 times the instructions.
 //
 // Few rows are split into parts, each a block's: whole segments of two chunks, whose sums are kept apart and added in
 // their order. So the same numbers are added in the same order whatever the number of parts, which only the address

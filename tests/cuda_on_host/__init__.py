@@ -60,11 +60,11 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self._library.cuda_on_host_message.restype = ctypes.c_char_p
 
-    def call(self, name: str, *arguments: object, schedule: int = FORWARD) -> int:
+    def call(self, name: str, *arguments: object, schedule: int = FORWARD, returns: type = ctypes.c_int) -> int:
         """What the function returned; an AssertionError with the machine's message where a kernel failed."""
         self._library.cuda_on_host_schedule(schedule)
         function = getattr(self._library, name)
-        function.restype = ctypes.c_int64
+        function.restype = returns
         status = int(function(*map(_as_c, arguments)))
         message = self._library.cuda_on_host_message().decode()
         assert not message, message
@@ -153,7 +153,8 @@ def topk_logprobs(
     code = DTYPE_CODES[logits.dtype]
     ids = torch.full((rows, k), -9)
     logprobs, lse = torch.full((rows, k), 9e9), torch.full((rows,), 9e9)
-    size = library.call("asyncopd_cuda_topk_scratch_bytes", code, rows, vocab, k, parts)
+    arguments = (code, rows, vocab, k, parts)
+    size = library.call("asyncopd_cuda_topk_scratch_bytes", *arguments, returns=ctypes.c_int64)
     guard = 64
     scratch = torch.full((size + guard,), 0xFF, dtype=torch.uint8)
     status = library.call(
