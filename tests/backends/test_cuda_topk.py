@@ -1,7 +1,5 @@
 """csrc/cuda/topk.cu on the host, against a stable sort and fp64: one part and several, every schedule."""
 
-import ctypes
-
 import cuda_on_host as host
 import pytest
 import torch
@@ -160,8 +158,7 @@ def test_a_row_depends_on_nothing_beside_it(rng: torch.Generator) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_parts_fill_a_device_and_no_more(dtype: torch.dtype) -> None:
     def parts(rows: int, vocab: int = 151_936, k: int = 64) -> int:
-        arguments = (DTYPE_CODES[dtype], rows, vocab, k, 132)
-        return host.kernels().call("asyncopd_cuda_topk_parts", *arguments, returns=ctypes.c_int64)
+        return host.topk_size("parts", DTYPE_CODES[dtype], rows, vocab, k, 132)
 
     segments = -(-151_936 // SEGMENT[dtype])
     assert parts(1) == segments

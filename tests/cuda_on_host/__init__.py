@@ -138,6 +138,11 @@ def gather_logprobs(
     return logprobs, lse
 
 
+def topk_size(what: str, *arguments: int) -> int:
+    """asyncopd_cuda_topk_parts or _scratch_bytes."""
+    return kernels().call(f"asyncopd_cuda_topk_{what}", *arguments, returns=ctypes.c_int64)
+
+
 def topk_logprobs(
     logits: Tensor,
     k: int,
@@ -153,8 +158,7 @@ def topk_logprobs(
     code = DTYPE_CODES[logits.dtype]
     ids = torch.full((rows, k), -9)
     logprobs, lse = torch.full((rows, k), 9e9), torch.full((rows,), 9e9)
-    arguments = (code, rows, vocab, k, parts)
-    size = library.call("asyncopd_cuda_topk_scratch_bytes", *arguments, returns=ctypes.c_int64)
+    size = topk_size("scratch_bytes", code, rows, vocab, k, parts)
     guard = 64
     scratch = torch.full((size + guard,), 0xFF, dtype=torch.uint8)
     status = library.call(
