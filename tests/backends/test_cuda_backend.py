@@ -1,4 +1,4 @@
-"""asyncopd/backends/cuda.py without a GPU: what it passes to the launchers, which are the host's here, and its errors."""
+"""asyncopd/backends/cuda.py without a GPU: what it passes to the launchers, here the host's, and its errors."""
 
 import re
 from contextlib import nullcontext

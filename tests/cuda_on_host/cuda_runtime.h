@@ -75,12 +75,6 @@ inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) {
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return cuda_on_host::meet(cuda_on_host::Collective::kBallot, mask, predicate != 0, 0, line);
 }
-inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-  return static_cast<int>(cuda_on_host::meet(cuda_on_host::Collective::kAny, mask, predicate != 0, 0, line));
-}
-inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-  return static_cast<int>(cuda_on_host::meet(cuda_on_host::Collective::kAll, mask, predicate != 0, 0, line));
-}
 
 template <typename T>
 inline T cuda_shuffle(cuda_on_host::Collective kind, unsigned mask, T value, int operand, int line) {

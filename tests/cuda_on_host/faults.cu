@@ -9,14 +9,37 @@ namespace {
 
 constexpr int kThreads = 64;
 
-// Sums 1..64: warps by shuffles, then through shared memory.
+// 2080, the sum of 1..64, in four ways that have to agree; else -1.
 __global__ void __launch_bounds__(kThreads) correct(float* out) {
   __shared__ float sums[kThreads / 32];
-  float sum = static_cast<float>(threadIdx.x + 1);
+  __shared__ int values[kThreads];
+  __shared__ int counter;
+  const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
+  // By shuffles within warps, then through shared memory.
+  float sum = static_cast<float>(thread + 1);
   for (int mask = 16; mask > 0; mask >>= 1) sum += __shfl_xor_sync(~0u, sum, mask);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  if (lane == 0) sums[warp] = sum;
+  if (thread == 0) counter = 0;
   __syncthreads();
-  out[blockIdx.x * kThreads + threadIdx.x] = sums[0] + sums[1];
+  const int total = static_cast<int>(sums[0] + sums[1]);
+  // By atomics.
+  atomicAdd(&counter, thread + 1);
+  // By a scan of each warp, whose last lane tells the others; and by votes: a lane's value is its bits'.
+  int prefix = thread + 1, voted = 0;
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const int other = __shfl_up_sync(~0u, prefix, delta);
+    if (lane >= delta) prefix += other;
+  }
+  for (int bit = 0; bit < 7; ++bit) voted += __popc(__ballot_sync(~0u, (thread + 1) >> bit & 1)) << bit;
+  // The neighbour's through shared memory, which half a warp waits for alone.
+  values[thread] = __shfl_sync(~0u, prefix, 31);
+  if (lane < 16) {
+    __syncwarp(0xffffu);
+    voted += values[32 * warp + (lane + 1) % 16] - prefix;
+    voted += prefix - values[thread];
+  }
+  const bool agree = __syncthreads_or(voted != values[thread]) == 0 && values[0] + values[32] == total;
+  out[blockIdx.x * kThreads + thread] = agree && counter == total ? static_cast<float>(total) : -1.0f;
 }
 
 __global__ void __launch_bounds__(kThreads) missing_barrier(float* out) {

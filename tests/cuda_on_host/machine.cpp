@@ -61,8 +61,6 @@ const char* name_of(Collective kind) {
     case Collective::kSyncThreadsOr: return "__syncthreads_or";
     case Collective::kSyncWarp: return "__syncwarp";
     case Collective::kBallot: return "__ballot_sync";
-    case Collective::kAny: return "__any_sync";
-    case Collective::kAll: return "__all_sync";
     case Collective::kShuffle: return "__shfl_sync";
     case Collective::kShuffleUp: return "__shfl_up_sync";
     default: return "__shfl_xor_sync";
@@ -108,8 +106,6 @@ bool result_for(std::vector<Fibre>& fibres, size_t first, Fibre& fibre) {
   switch (fibre.kind) {
     case Collective::kSyncWarp: return true;
     case Collective::kBallot: fibre.result = votes; return true;
-    case Collective::kAny: fibre.result = votes != 0; return true;
-    case Collective::kAll: fibre.result = votes == fibre.mask; return true;
     case Collective::kShuffle: source = fibre.operand; break;
     case Collective::kShuffleUp: source = lane >= fibre.operand ? lane - fibre.operand : lane; break;
     default: source = lane ^ fibre.operand; break;

@@ -1,5 +1,5 @@
 // A CUDA device made of fibres: the threads of a block take turns on one host thread and wait for each other where
-// CUDA's would, at the collective functions. See README in __init__.py.
+// CUDA's would, at the collective functions. __init__.py says what it is for.
 #pragma once
 
 #include <cstdint>
@@ -12,7 +12,7 @@ struct Dim3 {
   constexpr Dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-enum class Collective { kSyncThreads, kSyncThreadsOr, kSyncWarp, kBallot, kAny, kAll, kShuffle, kShuffleUp, kShuffleXor };
+enum class Collective { kSyncThreads, kSyncThreadsOr, kSyncWarp, kBallot, kShuffle, kShuffleUp, kShuffleXor };
 
 // Waits until every thread of the block, or every lane in `mask`, has come to the same collective on the same line.
 // Returns the collective's result. operand: of shuffles, the lane or the distance.
