@@ -180,3 +180,21 @@ def cuda_gather_logprobs(
     device: int,
     stream: int,
 ) -> int: ...
+def cuda_topk_parts(dtype: int, rows: int, vocab: int, k: int, multiprocessors: int) -> int: ...
+def cuda_topk_scratch_bytes(dtype: int, rows: int, vocab: int, k: int, parts: int) -> int: ...
+def cuda_topk_logprobs(
+    logits: int,
+    dtype: int,
+    row_stride: int,
+    rows: int,
+    vocab: int,
+    k: int,
+    inv_temperature: float,
+    parts: int,
+    scratch: int,
+    ids: int,
+    logprobs: int,
+    lse: int,
+    device: int,
+    stream: int,
+) -> int: ...

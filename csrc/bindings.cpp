@@ -12,6 +12,7 @@
 #include "cpu/support.h"
 #ifdef ASYNCOPD_WITH_CUDA
 #include "cuda/gather.h"
+#include "cuda/topk.h"
 #endif
 
 namespace py = pybind11;
@@ -116,6 +117,14 @@ int cuda_gather_logprobs(uintptr_t logits, int dtype, int64_t row_stride, uintpt
                                        vocab, num_ids, inv_temperature, pointer<float>(logprobs), pointer<float>(lse),
                                        device, pointer<void>(stream));
 }
+
+int cuda_topk_logprobs(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, int64_t k,
+                       double inv_temperature, int64_t parts, uintptr_t scratch, uintptr_t ids, uintptr_t logprobs,
+                       uintptr_t lse, int device, uintptr_t stream) {
+  return asyncopd_cuda_topk_logprobs(pointer<void>(logits), dtype, row_stride, rows, vocab, k, inv_temperature, parts,
+                                     pointer<void>(scratch), pointer<int64_t>(ids), pointer<float>(logprobs),
+                                     pointer<float>(lse), device, pointer<void>(stream));
+}
 #endif
 
 }  // namespace
@@ -180,6 +189,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("dtype"), py::arg("row_stride"), py::arg("ids"), py::arg("id_type"), py::arg("rows"),
         py::arg("vocab"), py::arg("num_ids"), py::arg("inv_temperature"), py::arg("logprobs"), py::arg("lse"),
         py::arg("device"), py::arg("stream"));
+  m.def("cuda_topk_parts", &asyncopd_cuda_topk_parts, "Into how many parts to split rows, to fill a device.",
+        py::arg("dtype"), py::arg("rows"), py::arg("vocab"), py::arg("k"), py::arg("multiprocessors"));
+  m.def("cuda_topk_scratch_bytes", &asyncopd_cuda_topk_scratch_bytes, "Scratch that this many parts need.",
+        py::arg("dtype"), py::arg("rows"), py::arg("vocab"), py::arg("k"), py::arg("parts"));
+  m.def("cuda_topk_logprobs", &cuda_topk_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),
+        py::arg("dtype"), py::arg("row_stride"), py::arg("rows"), py::arg("vocab"), py::arg("k"),
+        py::arg("inv_temperature"), py::arg("parts"), py::arg("scratch"), py::arg("ids"), py::arg("logprobs"),
+        py::arg("lse"), py::arg("device"), py::arg("stream"));
 #else
   m.attr("cuda") = false;
 #endif
