@@ -13,12 +13,14 @@ import torch
 
 if importlib.util.find_spec("triton") is not None:
     from asyncopd.kernels.gather import gather_logprobs, gather_logprobs_backward
+    from asyncopd.kernels.linear_topk import linear_topk_logprobs
     from asyncopd.kernels.sample import sample_support
     from asyncopd.kernels.topk import topk_logprobs
 
     __all__ = [
         "gather_logprobs",
         "gather_logprobs_backward",
+        "linear_topk_logprobs",
         "sample_support",
         "topk_logprobs",
         "unavailable_reason",
