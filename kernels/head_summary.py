@@ -220,17 +220,14 @@ class HeadSummary(NamedTuple):
     lse: Tensor
 
 
-def part_width(tile: Tile) -> int:
-    return tile.BN // 2 if tile.BN >= 128 else tile.BN
-
-
 def summarize_head(hidden: Tensor, weight: Tensor, epilogue: Epilogue, scale: Scale, *, peaks: bool) -> HeadSummary:
     """hidden [N, H], weight [V, H], of one dtype and with a unit stride each."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     groups = count_groups(vocab)
     tile = tile_for(hidden, rows, vocab)
     stride = triton.cdiv(groups, 16) * 16
-    parts = triton.cdiv(vocab, part_width(tile))
+    # Both parts of the last tile are written, even if the row ends in the first: -inf and 0.
+    parts = triton.cdiv(vocab, tile.BN) * (2 if tile.BN >= 128 else 1)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)

@@ -36,7 +36,7 @@ from asyncopd.kernels.summary import GROUP, count_groups, summarize
 from asyncopd.kernels.topk import check_k, choose_groups, launch_topk
 
 # What a chunk of rows may take: 883 rows of 151,936 fp32 logits, whose products take 3 times as long as reading the
-# head (H100, bf16), or 17,800 rows of their summaries and 64 groups.
+# head (H100, bf16), or 17,900 rows of their summaries and 64 groups.
 CHUNK_BYTES = 1 << 29
 # With an epilogue, in 16 bits, from so many pairs of a row and a group on for each group of the vocabulary: a program
 # of regroup.py is then half full at least. Modelled above, not measured.

@@ -2,7 +2,7 @@
 
 Pairs are sorted by group, so one program has up to PAIRS rows of `hidden` that all want the same 64 rows of the head:
 N = 8192, K = 64, V = 151,936 are 221 pairs a group. Fetched pair by pair, the head's rows alone would be 275 GB at
-H = 4096 in bf16; so they are 1.9 GB, and the pairs' hidden states 4.3 GB, from an L2 that nearly holds both operands'
+H = 4096 in bf16; so they are 2.5 GB, and the pairs' hidden states 4.3 GB, from an L2 that nearly holds both operands'
 live parts: about 1.2 ms at 5.5 TB/s (H100), against 0.28 ms for its 2 N K 64 H FLOPs.
 
 How many programs a group needs is known to the device alone. There are at most min(groups, pairs) + pairs / PAIRS of

@@ -25,7 +25,16 @@ FILES = {
         "",
         15,
     ),
-    "own-head": (["tests/backends/test_triton_kernel_gemm.py"], "", 70),
+    "own-head": (
+        [
+            "tests/backends/test_triton_kernel_gemm.py",
+            "tests/backends/test_triton_kernel_linear_topk.py",
+            "tests/ops/test_linear_topk.py",
+        ],
+        # A head with everything stands for those with less.
+        "triton and not (materialised_logits and not softcap)",
+        120,
+    ),
     "shared": (
         [
             "tests/ops/test_topk.py",
