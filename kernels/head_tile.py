@@ -20,23 +20,12 @@ import triton
 import triton.language as tl
 
 from asyncopd.kernels.compile_case import CompileCase
+from asyncopd.kernels.epilogue import head_logit
 from asyncopd.kernels.gather import IDS, RIVALS, softmax_term, sum_over_equal_ids
 from asyncopd.kernels.numeric import INF, LOG2E, NAN, to_storage
-from asyncopd.kernels.softcap import tanh
 from asyncopd.kernels.summary import group_summary, irregular_summary, row_start
 
 MAX_TILE = 4096  # columns of a program
-
-
-@triton.jit
-def head_logits(x, bias, logit_scale, softcap, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """x + bias -> y, before the temperature."""
-    if HAS_BIAS:
-        x += bias
-    x *= logit_scale
-    if HAS_CAP:
-        x = tanh(x / softcap) * softcap
-    return x
 
 
 @triton.jit
@@ -95,7 +84,7 @@ def forward_kernel(
         b = 0.0
         if HAS_BIAS:
             b = tl.load(bias + first + column, mask=inside, other=0.0).to(tl.float32)
-        y = tl.where(inside, head_logits(y, b, logit_scale, softcap, HAS_BIAS, HAS_CAP), -INF)
+        y = tl.where(inside, head_logit(y, b, logit_scale, softcap, 1.0 / softcap, HAS_BIAS, HAS_CAP), -INF)
         peak, total = group_summary(y[None, :], scale)
         peak, total = tl.max(peak, axis=0), tl.max(total, axis=0)
         if total != total:
@@ -117,7 +106,7 @@ def forward_kernel(
             bias_at = 0.0
             if HAS_BIAS:
                 bias_at = tl.load(bias + token, mask=here, other=0.0).to(tl.float32)
-            y_at = head_logits(y_at, bias_at, logit_scale, softcap, HAS_BIAS, HAS_CAP)
+            y_at = head_logit(y_at, bias_at, logit_scale, softcap, 1.0 / softcap, HAS_BIAS, HAS_CAP)
             tl.store(row_start(at_ids, row, k) + which, y_at, mask=here)
 
 
@@ -167,7 +156,7 @@ def backward_kernel(
             b = 0.0
             if HAS_BIAS:
                 b = tl.load(bias + first + column, mask=inside, other=0.0).to(tl.float32)
-            y = head_logits(value, b, logit_scale, softcap, HAS_BIAS, HAS_CAP)
+            y = head_logit(value, b, logit_scale, softcap, 1.0 / softcap, HAS_BIAS, HAS_CAP)
             slope = slope_of(y, logit_scale, softcap, HAS_CAP)
             # Where the softmax has no mass there is no gradient, though the slope of an infinite y be NaN.
             value = softmax_term(y, row_lse, total, t)

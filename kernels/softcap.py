@@ -11,8 +11,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from asyncopd.kernels.epilogue import tanh
 from asyncopd.kernels.launch import float_pair
-from asyncopd.kernels.numeric import INF, LOG2E
+from asyncopd.kernels.numeric import INF
 
 
 class Factors(NamedTuple):
@@ -39,21 +40,6 @@ def times(x, factor, factor_low):
     """x (factor + factor_low), rounded about once."""
     # inf times a low part that is 0, or of the other sign, would be NaN.
     return tl.where(tl.abs(x) == INF, x * factor, tl.fma(x, factor, x * factor_low))
-
-
-@triton.jit
-def tanh(x):
-    """To about 2e-7 of itself: a polynomial where 1 - 2 e / (1 + e), e = exp(-2 |x|), would cancel."""
-    square = x * x
-    # Least largest relative error (1.2e-9) of (tanh x - x) / x^3 for |x| <= 0.56.
-    series = tl.fma(square, -0.0062074254, 0.0210272155)
-    series = tl.fma(square, series, -0.0538422773)
-    series = tl.fma(square, series, 0.1333249887)
-    series = tl.fma(square, series, -0.3333331527)
-    near = tl.fma(x * square, series, x)
-    e = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    far = 1.0 - 2.0 * e / (1.0 + e)
-    return tl.where(tl.abs(x) < 0.55, near, tl.where(x < 0.0, -far, far))
 
 
 @triton.jit

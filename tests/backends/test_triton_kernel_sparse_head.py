@@ -342,7 +342,7 @@ def test_wrong_arguments() -> None:
     bias = case.bias
     assert bias is not None
     for wrong, message in (
-        (replace(case, weight=case.weight.half()), r"hidden, weight: got torch.float32, torch.float16"),
+        (replace(case, hidden=case.hidden.half()), r"hidden, weight: got torch.float16, torch.float32"),
         (replace(case, weight=case.weight[:, 1:]), r"hidden, weight: got \[6, 40\], \[23, 39\], expected"),
         (replace(case, ids=case.ids[1:]), r"ids: got shape \[5, 9\], expected \[6, K\]"),
         (replace(case, ids=case.ids.float()), "ids: got torch.float32"),
