@@ -13,7 +13,8 @@ arguments of its plain form, every option of which works:
 What travels, for N rows: top-K one all_gather of 2 min(K, V_r) + 1 numbers a row (value, id, LSE); the losses one
 all_gather of LSE (a number a row), one all_reduce of the [N, K] scores and, in the backward, one all_reduce of the
 gradient [N, H] of the hidden states, in fp32. The gradients of weight and bias are complete where they are. Nothing of
-size N x V_r exists anywhere.
+size N x V_r exists anywhere. Each rank's products with its part of the head are 2 N V_r H in the forward and 6 N V_r H
+in the backward, which computes the logits again: no gradient can be made before the other ranks' LSE is there.
 """
 
 from asyncopd.vocab_parallel.extract import vocab_parallel_linear_topk_logprobs, vocab_parallel_topk_logprobs

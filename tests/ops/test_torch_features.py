@@ -1,4 +1,4 @@
-"""Extraction and gathering inside torch.compile and under autocast."""
+"""Extraction, gathering and losses on scores inside torch.compile and under autocast."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +8,16 @@ import torch
 from each_backend import Backend
 from torch import Tensor
 
-from asyncopd import gather_logprobs, linear_gather_logprobs, linear_topk_logprobs, topk_logprobs
+from asyncopd import (
+    Support,
+    forward_kl,
+    gather_logprobs,
+    linear_gather_logprobs,
+    linear_topk_logprobs,
+    reverse_kl,
+    sample_support,
+    topk_logprobs,
+)
 
 N, V, H = 5, 40, 6
 HEAD: dict[str, Any] = {"temperature": 0.8, "logit_scale": 1.3, "softcap": 4.0}
@@ -67,7 +76,6 @@ def forward_and_gradients(run: Callable[..., Tensor], leaves: tuple[Tensor, ...]
     leaves = tuple(leaf.detach().requires_grad_() for leaf in leaves)
     out = run(*leaves)
     factors = torch.linspace(-1, 2, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)
-    # Pads are -inf; what is made of them is dropped.
     return [out.detach(), *torch.autograd.grad(out, leaves, factors)]
 
 
@@ -105,6 +113,31 @@ def test_autocast_rounds_the_inputs_of_the_head_and_nothing_else(engine: str, rn
     by_hand = forward_and_gradients(lambda h, w, b: linear_gather_logprobs(h, w, ids, bias=b), (*low, bias))
     assert [t.dtype for t in got] == [torch.float32] * 4
     assert_same(got, [t.float() for t in by_hand])
+
+
+@pytest.mark.ops("sample_support")
+def test_autocast_leaves_draws_alone(backend: Backend, rng: torch.Generator) -> None:
+    hidden, weight, _, _ = tensors(backend, rng)
+    logits = hidden @ weight.t()
+    with torch.autocast(logits.device.type, torch.bfloat16):
+        got = sample_support(logits, num_samples=5, head=2, seed=3)
+    assert_same(got, sample_support(logits, num_samples=5, head=2, seed=3))
+
+
+@pytest.mark.ops("kl_rows")
+@pytest.mark.parametrize("loss", [reverse_kl, forward_kl])
+def test_autocast_leaves_losses_on_scores_alone(backend: Backend, rng: torch.Generator, loss: Any) -> None:
+    scores, teacher = (backend.tensor(torch.randn(N, 4, generator=rng).double().log_softmax(1)) for _ in range(2))
+    support = Support(backend.tensor(torch.arange(4).expand(N, 4)), teacher, torch.zeros_like(teacher))
+
+    def run(scores: Tensor) -> Tensor:
+        return loss(scores, support)
+
+    with torch.autocast(scores.device.type, torch.bfloat16):
+        got = forward_and_gradients(run, (scores,))
+    assert_same(got, forward_and_gradients(run, (scores,)))
+    compiled = forward_and_gradients(whole(run), (scores,))
+    assert_same(compiled, forward_and_gradients(run, (scores,)))
 
 
 @pytest.mark.ops("topk_logprobs", "gather_logprobs")
