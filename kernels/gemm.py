@@ -53,7 +53,7 @@ SMALL = {
     10: Tile(128, 64, 64, 4, 4),
 }
 # fp32 without tensor cores: 32 sums a thread.
-FP32 = Tile(64, 64, 32, 4, 3)
+FP32 = Tile(64, 128, 32, 8, 3)
 
 
 @triton.jit

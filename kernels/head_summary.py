@@ -19,7 +19,7 @@ from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.epilogue import Epilogue, head_logit
-from asyncopd.kernels.gemm import FP32, GROUP_ROWS, LARGE, Tile, tile_for, tile_of, tile_product
+from asyncopd.kernels.gemm import FP32, GROUP_ROWS, LARGE, SMALL, Tile, tile_for, tile_of, tile_product
 from asyncopd.kernels.launch import INTERPRET, Scale, on_device
 from asyncopd.kernels.numeric import INF, NAN, exp_scaled, log_fixed, logsumexp_of, to_fixed
 from asyncopd.kernels.summary import GROUP, count_groups, row_start, shift_of
@@ -313,10 +313,13 @@ def compile_cases() -> list[CompileCase]:
     for capability, large in LARGE.items():
         tiles += [(dtype, f"-{10 * capability}", (10 * capability,), large) for dtype in ("bf16", "fp16")]
     for dtype, suffix, archs, tile in tiles:
-        for what, full, peaks in (("lse", False, False), ("topk", False, True), ("topk-full", True, True)):
-            if full and dtype == "fp16":  # as bf16
+        for what, full, peaks in (("topk", False, True), ("lse", False, False), ("topk-full", True, True)):
+            if dtype == "fp16" and what != "topk":  # as bf16
                 continue
             cases.append(_case(f"head-summary-{what}-{dtype}{suffix}", archs, dtype, tile, full, peaks))
+    for capability, small in SMALL.items():
+        arch = 10 * capability
+        cases.append(_case(f"head-summary-small-{arch}", (arch,), "bf16", small, full=True, peaks=True))
     return cases
 
 

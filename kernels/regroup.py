@@ -16,13 +16,14 @@ from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.epilogue import Epilogue, head_logit
-from asyncopd.kernels.gemm import FP32, Tile, tile_product
+from asyncopd.kernels.gemm import Tile, tile_product
 from asyncopd.kernels.launch import INTERPRET, on_device
 from asyncopd.kernels.numeric import INF
 from asyncopd.kernels.summary import GROUP, count_groups
 
 # 128 pairs, as tcgen05 (sm_100) takes no fewer; on sm_90 two blocks of 4 warps an SM.
 TILE = Tile(128, GROUP, 64, 4, 4)
+FP32 = Tile(64, GROUP, 32, 4, 3)
 
 
 @triton.jit

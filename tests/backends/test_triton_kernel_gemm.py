@@ -94,8 +94,8 @@ def test_sums_are_fp32(rng: torch.Generator, tile: object, monkeypatch: pytest.M
 def test_more_tiles_than_a_group_of_them(rng: torch.Generator) -> None:
     # Two groups of rows, the second of one and a half tiles, and three tiles of columns.
     rows = FP32.BM * GROUP_ROWS + FP32.BM + 10
-    a, b = whole_numbers(rng, rows, 3, torch.float32), whole_numbers(rng, 3, 150, torch.float32)
-    out = torch.full((rows, 150), NAN, device=DEVICE)
+    a, b = whole_numbers(rng, rows, 3, torch.float32), whole_numbers(rng, 3, 300, torch.float32)
+    out = torch.full((rows, 300), NAN, device=DEVICE)
     product(a, b, out, count=count_of(rows))
     assert torch.equal(out, a @ b)
 
