@@ -86,9 +86,9 @@ def test_triton_launchers_wait_for_nothing(
 ) -> None:
     from asyncopd import kernels
 
-    # Ids are read to be refused on a CPU, which the interpreter's tensors are on, and nowhere else.
+    # Ids and weights are read to be refused on a CPU, which the interpreter's tensors are on, and nowhere else.
     for module in vars(kernels).values():
-        for check in ("check_ids_in_range", "check_possible"):
+        for check in ("check_ids_in_range", "check_possible", "check_weights"):
             if hasattr(module, check):
                 monkeypatch.setattr(module, check, lambda *_, **__: None)
     with NothingReadBack():
