@@ -11,8 +11,8 @@ extern "C" {
 // With s = logit_scale, T = temperature, and softcap(y) = c tanh(y / c), or y where softcap is 0:
 //   logits[n, k] = softcap(s (sum_h hidden[n, h] weight[v, h] + bias[v])) / T,    v = ids[n, k]
 //
-// hidden   [rows, width]   hidden_dtype, which is dtype or float32; row stride `hidden_stride` elements (any sign), unit
-//                          stride inside a row
+// hidden   [rows, width]   hidden_dtype, which is dtype or float32; row stride `hidden_stride` elements (any sign),
+//                          unit stride inside a row
 // weight   [vocab, width]  dtype, row stride `weight_stride`, likewise
 // bias     [vocab]         float32, or null
 // ids      [rows, num_ids] id_type, contiguous; -1 is a pad (logit -inf)
@@ -46,8 +46,8 @@ int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride,
 // Returns as above; after kBadId the outputs hold nothing of use.
 int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* logits, const void* hidden,
                                                int64_t hidden_stride, int hidden_dtype, const void* weight,
-                                               int64_t weight_stride, int dtype, const void* ids, int id_type, const uint8_t* mask,
-                                               int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
+                                               int64_t weight_stride, int dtype, const void* ids, int id_type,
+                                               const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
                                                double temperature, double logit_scale, double softcap, void* dhidden,
                                                void* dweight, float* dbias, int threads, int isa);
 }
