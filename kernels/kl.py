@@ -112,6 +112,9 @@ def _kl_kernel(
         loss, c = tailed_reverse_rows(log_p, log_q, valid, TAIL)
     else:
         if NORMALIZE == "sampled":
+            # Logits of 30 first lose what they have in common: their sums with log w would be rounded to 2e-6.
+            top = tl.max(log_p, axis=1)[:, None]
+            log_p = normalized(log_p, tl.where(tl.abs(top) < INF, top, 0.0), 0.0)
             high, low = log_mass(log_w + log_p)
             log_p = normalized(log_p, high, low)
         log_mu = behaviour_logprobs(log_w, valid)
@@ -124,7 +127,7 @@ def _kl_kernel(
         log_omega, changed = corrected_log_weight(
             log_w, log_p, log_mu, anchor, log_cap, log_proximal_cap, HAS_CAP, proximal is not None
         )
-        changed = changed & valid & (signal != INF)
+        changed = changed & valid & (infinite == 0)
         omega = tl.where(valid, exp_precise(log_omega), 0.0)
         centred = tl.where(infinite, 0.0, signal)
         if BASELINE != "none":
