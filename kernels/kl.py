@@ -27,7 +27,7 @@ from torch import Tensor
 from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference.kl import check_weights, second_moment_threshold
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.kl_divergence import forward_rows, log_mass, log_ratio_or_zero, normalized, tailed_reverse_rows
+from asyncopd.kernels.kl_divergence import forward_rows, less, log_mass, log_ratio_or_zero, tailed_reverse_rows
 from asyncopd.kernels.kl_metrics import COARSE, FINE, SUMS, launch_metrics, measure
 from asyncopd.kernels.kl_reverse import advantage, baseline, behaviour_logprobs, clip, corrected_log_weight, score
 from asyncopd.kernels.launch import DTYPES, INTERPRET, on_device, padded, warps_for
@@ -112,8 +112,10 @@ def _kl_kernel(
         loss, c = tailed_reverse_rows(log_p, log_q, valid, TAIL)
     else:
         if NORMALIZE == "sampled":
-            high, low = log_mass(log_w + log_p)
-            log_p = normalized(log_p, high, low)
+            # Logits of 30 first lose what they have in common: their sums with log w would be rounded to 2e-6.
+            top = tl.max(log_p, axis=1)[:, None]
+            log_p = less(log_p, tl.where(tl.abs(top) < INF, top, 0.0))
+            log_p = less(log_p, log_mass(log_w + log_p))
         log_mu = behaviour_logprobs(log_w, valid)
         anchor = log_mu
         if proximal is not None:
@@ -124,7 +126,7 @@ def _kl_kernel(
         log_omega, changed = corrected_log_weight(
             log_w, log_p, log_mu, anchor, log_cap, log_proximal_cap, HAS_CAP, proximal is not None
         )
-        changed = changed & valid & (signal != INF)
+        changed = changed & valid & (infinite == 0)
         omega = tl.where(valid, exp_precise(log_omega), 0.0)
         centred = tl.where(infinite, 0.0, signal)
         if BASELINE != "none":

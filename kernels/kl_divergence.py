@@ -8,7 +8,7 @@ its terms are 0.
 import triton
 import triton.language as tl
 
-from asyncopd.kernels.numeric import INF, exp_precise, sum_pair
+from asyncopd.kernels.numeric import INF, exp_precise
 
 EPSILON = tl.constexpr(2.0**-23)  # of fp32: below it nothing is known of 1 - mass
 TINY = tl.constexpr(2.0**-126)
@@ -38,18 +38,17 @@ def log_ratio_or_zero(log_a, log_b):
 
 
 @triton.jit
-def log_mass(x):  # [rows, K]
-    """log sum exp of each row as the sum of two floats; (-inf, 0) for a row without mass."""
+def log_mass(x):  # [rows, K] -> [rows, 1]
+    """log sum exp of each row; -inf for a row without mass."""
     top = tl.max(x, axis=1)[:, None]
     origin = tl.where(tl.abs(top) == INF, 0.0, top)
-    high, low = sum_pair(origin, tl.log(row_sum(exp_precise(x - origin))))
-    return high, tl.where(tl.abs(high) < INF, low, 0.0)
+    return origin + tl.log(row_sum(exp_precise(x - origin)))
 
 
 @triton.jit
-def normalized(x, high, low):
-    """x - (high + low), and -inf where x is, whatever the mass."""
-    return tl.where(x == -INF, -INF, (x - high) - low)
+def less(x, log_z):
+    """x - log z, and -inf where x is, whatever z."""
+    return tl.where(x == -INF, -INF, x - log_z)
 
 
 @triton.jit
@@ -80,10 +79,8 @@ def forward_rows(
         rest_q, log_rest_q = rest_of(log_q)
         coef = exp_precise(log_p + (log_rest_q - log_rest_p)) - omega
     else:
-        high, low = log_mass(log_p)
-        log_p = normalized(log_p, high, low)
-        high, low = log_mass(log_q)
-        log_q = normalized(log_q, high, low)
+        log_p = less(log_p, log_mass(log_p))
+        log_q = less(log_q, log_mass(log_q))
         omega = exp_precise(log_q)
         # The teacher's share of what the student can reach: the coefficients sum to 0 whatever is left out.
         kept = tl.where(log_p == -INF, 0.0, omega)
@@ -112,10 +109,9 @@ def tailed_reverse_rows(
         pull = log_rest_p - log_rest_q
         rest = rest_p * pull
     else:
-        high, low = log_mass(log_p)
-        high_q, low_q = log_mass(log_q)
-        p = exp_precise(normalized(log_p, high, low))
-        signal -= (high - high_q) + (low - low_q)
+        log_z = log_mass(log_p)
+        p = exp_precise(less(log_p, log_z))
+        signal -= log_z - log_mass(log_q)
         # Over what has a gradient, so that the coefficients sum to 0 whatever is left out.
         kept = tl.where(signal == INF, 0.0, p)
         pull = row_sum(product_or_zero(kept, signal)) / at_least(row_sum(kept), TINY)
