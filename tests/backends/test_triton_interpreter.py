@@ -25,10 +25,14 @@ FILES = {
         "",
         15,
     ),
+    "own-sampled-head": (["tests/backends/test_triton_kernel_sparse_head.py"], "", 60),
     "shared": (
         [
             "tests/ops/test_topk.py",
             "tests/ops/test_gather.py",
+            "tests/ops/test_linear_logits.py",
+            "tests/ops/test_accumulate.py",
+            "tests/ops/test_opcheck.py",
             "tests/ops/test_sample_edges.py",
             "tests/ops/test_sample_streams.py",
         ],
