@@ -119,9 +119,7 @@ def test_segments_that_end_where_runs_do() -> None:
     case.assert_matches()
 
 
-@pytest.mark.parametrize(
-    ("runs", "more"), [(1, -1), (1, 0), (1, 1), (2, 0), (PIECES + 1, -1), (PIECES + 1, 0), (2 * PIECES + 1, 1)]
-)
+@pytest.mark.parametrize(("runs", "more"), [(1, -1), (1, 0), (1, 1), (2, 0), (PIECES + 1, 0), (2 * PIECES + 1, 1)])
 def test_one_id_everywhere(runs: int, more: int) -> None:
     """One segment over every run, whose pieces are added in several steps."""
     count = runs * RUN + more
@@ -159,6 +157,24 @@ def test_long_sums_are_accurate() -> None:
     wide = torch.full((1, 16_384), 0.1, device=DEVICE)
     case = Case(wide, 7 * wide, tensor([[0]]), tensor([[1.0]]))
     torch.testing.assert_close(case.logits().double(), case.expected()[0], rtol=3e-7, atol=0)
+
+
+def test_what_is_lost_when_parts_are_added_is_added_at_the_end() -> None:
+    """2^24 + 1 is not a number of fp32. Parts: slices of a dot product and its bias, pieces of a segment."""
+    weight = torch.zeros(1, 2 * SLICE + 1, device=DEVICE)
+    weight[0, 0], weight[0, SLICE], weight[0, -1] = 2.0**24, 1.0, 1.0
+    ones, twos = torch.ones_like(weight), tensor([2.0])
+    assert Case(ones, weight, tensor([[0]]), twos, twos).logits().tolist() == [[2**24 + 4]]
+    count = (2 * PIECES + 1) * RUN
+    grad = torch.zeros(1, count, device=DEVICE)
+    grad[0, 0], grad[0, RUN], grad[0, -1] = 2.0**24, 1.0, 1.0
+    ids = torch.full((1, count), 1, device=DEVICE)
+    case = Case(
+        torch.ones(1, 3, device=DEVICE), torch.ones(2, 3, device=DEVICE), ids, grad, torch.zeros(2, device=DEVICE)
+    )
+    _, dweight, dbias = linear_gather_logits_backward(grad, grad, *case.head, True)
+    assert dweight.tolist() == [[0] * 3, [2**24 + 2] * 3]
+    assert dbias.tolist() == [0, 2**24 + 2]
 
 
 def test_every_run_gives_the_same_bits() -> None:
@@ -228,7 +244,8 @@ def test_a_nan_stays_with_its_row_and_its_ids(num_ids: int) -> None:
     assert dbias.isnan().nonzero()[:, 0].tolist() == [nan_of_grad]
 
 
-@pytest.mark.parametrize("softcap", [None, 3.0])
+# The last is 1 in fp32, and a product of 1 with its inverse is not.
+@pytest.mark.parametrize("softcap", [None, 3.0, 0.5 + 0.9 * 2.0**-25])
 def test_minus_infinity_in_the_bias(softcap: float | None) -> None:
     case = random_case(rows=4, vocab=5, num_ids=6)
     assert case.bias is not None
@@ -305,10 +322,11 @@ def test_empty_problems() -> None:
 
 @pytest.mark.parametrize(("dtype", "into"), [(torch.bfloat16, torch.float32), (torch.float16, torch.float16)])
 def test_adds_to_a_gradient_that_is_there(dtype: torch.dtype, into: torch.dtype, rng: torch.Generator) -> None:
-    case = replace(random_case(rows=5, vocab=30, num_ids=70, dtype=dtype), scalars=CAPPED)
+    width = COLUMNS + 40  # the bias is added once, not once a slice
+    case = replace(random_case(rows=4, vocab=30, width=width, num_ids=70, dtype=dtype), scalars=CAPPED)
     case.ids[case.ids > 25] = 25  # 26 to 29 are named by nobody
-    wide = torch.randn(30, 48, generator=rng).to(DEVICE, into)
-    weight_grad, bias_grad = wide[:, 4:44], torch.randn(30, generator=rng).to(DEVICE, into)
+    wide = torch.randn(30, width + 8, generator=rng).to(DEVICE, into)
+    weight_grad, bias_grad = wide[:, 4:-4], torch.randn(30, generator=rng).to(DEVICE, into)
     weight_grad[26:], bias_grad[26:] = NAN, NAN  # not even read
     before = wide.double(), bias_grad.double()
     dhidden = case.add_into(weight_grad, bias_grad)
@@ -316,10 +334,10 @@ def test_adds_to_a_gradient_that_is_there(dtype: torch.dtype, into: torch.dtype,
     assert torch.equal(dhidden, case.gradients()[0])
     rtol = torch.finfo(into).eps * 0.51 if into != torch.float32 else 2e-6
     close = {"rtol": rtol, "atol": 1e-5, "equal_nan": True}
-    torch.testing.assert_close(weight_grad.double(), before[0][:, 4:44] + dweight, **close)
+    torch.testing.assert_close(weight_grad.double(), before[0][:, 4:-4] + dweight, **close)
     torch.testing.assert_close(bias_grad.double(), before[1] + dbias, **close)
-    outside = torch.cat([wide[:, :4], wide[:, 44:]], 1).double()
-    assert torch.equal(outside, torch.cat([before[0][:, :4], before[0][:, 44:]], 1))
+    outside = torch.cat([wide[:, :4], wide[:, -4:]], 1).double()
+    assert torch.equal(outside, torch.cat([before[0][:, :4], before[0][:, -4:]], 1))
 
 
 def test_adding_to_zeros_is_the_gradient_and_twice_is_twice() -> None:
