@@ -107,10 +107,10 @@ __device__ __forceinline__ float exp2_term(float x) {
 
 __device__ __forceinline__ float origin(float max) { return isinf(max) ? 0.0f : max; }
 
-// Factor that takes a sum measured from `from` to one measured from the larger `to`. At from == -inf the sum is 0 or
-// NaN: leave it alone, as 0 * exp2(-to) could be 0 * inf.
+// Factor that takes a sum measured from `from` to one measured from the larger `to`; 0 from -inf, where the sum is 0 or
+// NaN and stays so.
 __device__ __forceinline__ float rescale(float from, float to, float scale) {
-  return from == to || from == -kInf ? 1.0f : exp2f((from - origin(to)) * scale);
+  return from == to ? 1.0f : exp2f((from - origin(to)) * scale);
 }
 
 // scale = log2(e) / temperature throughout.

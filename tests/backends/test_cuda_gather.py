@@ -58,9 +58,15 @@ def test_temperature_and_precision(rng: torch.Generator, temperature: float, off
 
 
 def test_far_log_probabilities_are_rounded_about_once(rng: torch.Generator) -> None:
-    # Of -1300, say: 1 / temperature in one float, or a rounded z - max, would show in the last digit of some.
-    for temperature in (0.1, 0.7):
-        check(50 * torch.randn(1, 3000, generator=rng), torch.arange(3000)[None], temperature)
+    # Of -1300, say: 1 / temperature in one float, or a rounded z - max, would show in the last digit.
+    logits = 50 * torch.randn(1, 3000, generator=rng)
+    ids = torch.arange(3000)[None]
+    for temperature in (0.1, 0.9, 1.9):
+        logprobs, lse = host.gather_logprobs(logits, ids, temperature)
+        expected, expected_lse = reference.gather_logprobs(logits.double(), ids, temperature)
+        # Half a unit in the last place, and what log(s) is off by.
+        torch.testing.assert_close(logprobs.double(), expected, rtol=2**-24, atol=1e-6)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=2**-24, atol=1e-6)
 
 
 def test_a_tiny_temperature_leaves_the_largest() -> None:
