@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kThreads)
     Row<T>::unpack(row.load(slot, slots), z);
     sum.add(z, scale.scale, scale.slack);
   }
-  const RowLogSumExp result(merge_block<kThreads>(sum.pair(), partial, scale.scale), scale.inv_temperature);
+  const RowLogSumExp result(merge_block<kThreads>(sum.pair(), partial, scale.scale), scale);
   if (threadIdx.x == 0) lse[n] = result.lse;
   for (int64_t k = threadIdx.x; k < num_ids; k += kThreads) {
     const int64_t id = ids[n * num_ids + k];

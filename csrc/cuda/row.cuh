@@ -21,8 +21,8 @@
 namespace asyncopd {
 
 constexpr float kInf = __builtin_huge_valf();
-constexpr float kSlack = 8.0f;          // bits: s is at most 2^8 times the number of columns
-constexpr int kMaxVocab = 1 << 30;      // columns are counted in 32 bits, and a little beyond the end of a row
+constexpr float kSlack = 8.0f;      // bits: s is at most 2^8 times the number of columns
+constexpr int kMaxVocab = 1 << 30;  // columns are counted in 32 bits, and a little beyond the end of a row
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLargest = 3.4028234663852886e38;
 
@@ -107,10 +107,10 @@ __device__ __forceinline__ float exp2_term(float x) {
 
 __device__ __forceinline__ float origin(float max) { return isinf(max) ? 0.0f : max; }
 
-// Factor that takes a sum measured from `from` to one measured from the larger `to`. At from == -inf the sum is 0 or
-// NaN: leave it alone, as 0 * exp2(-to) could be 0 * inf.
+// Factor that takes a sum measured from `from` to one measured from the larger `to`; 0 from -inf, where the sum is 0 or
+// NaN and stays so.
 __device__ __forceinline__ float rescale(float from, float to, float scale) {
-  return from == to || from == -kInf ? 1.0f : exp2f((from - origin(to)) * scale);
+  return from == to ? 1.0f : exp2f((from - origin(to)) * scale);
 }
 
 // scale = log2(e) / temperature throughout.
@@ -143,11 +143,20 @@ __device__ __forceinline__ Pair merge_block(Pair pair, Pair (&partial)[kThreads 
   return pair;
 }
 
+// NaN only if all are.
+template <int kCount>
+__device__ __forceinline__ float largest(const float (&z)[kCount]) {
+  float top = z[0];
+#pragma unroll
+  for (int j = 1; j < kCount; ++j) top = fmaxf(top, z[j]);
+  return top;
+}
+
 // A thread's pair while it streams.
 struct Accumulator {
   float max = -kInf, start = 0.0f, sum = 0.0f;  // start = origin(max)
 
-  // What a vector of logits was like: its largest (NaN only if all are), and whether one is NaN.
+  // What a vector of logits was like: its largest, and whether one is NaN.
   struct Seen {
     float top;
     bool nan;
@@ -155,9 +164,7 @@ struct Accumulator {
 
   template <int kCount>
   __device__ __forceinline__ Seen add(const float (&z)[kCount], float scale, float slack) {
-    float top = z[0];
-#pragma unroll
-    for (int j = 1; j < kCount; ++j) top = fmaxf(top, z[j]);
+    const float top = largest(z);
     if (top > max + slack) {
       sum *= rescale(max, top, scale);
       max = top;
@@ -181,29 +188,55 @@ struct Accumulator {
 
 // The temperature as kernels take it: finite, however small it is.
 struct Scale {
-  float inv_temperature, scale;  // 1 / temperature, log2(e) / temperature
-  float slack;                   // kSlack in units of the logits
+  float inv_temperature, inv_temperature_low;  // their sum is 1 / temperature to 48 bits
+  float scale;                                 // log2(e) / temperature
+  float slack;                                 // kSlack in units of the logits
 };
 
 inline Scale make_scale(double inv_temperature) {
   const auto bounded = [](double value) { return static_cast<float>(value < kLargest ? value : kLargest); };
   const double scale = inv_temperature * kLog2E;
-  return {bounded(inv_temperature), bounded(scale), bounded(kSlack / scale)};
+  const float high = bounded(inv_temperature);
+  const float low = inv_temperature < kLargest ? static_cast<float>(inv_temperature - high) : 0.0f;
+  return {high, low, bounded(scale), bounded(kSlack / scale)};
 }
 
-// Of a whole row. z t - lse = (z - M) t - log(s): both terms are small, while z t and lse may share leading digits.
-struct RowLogSumExp {
-  float start, log_sum, lse, inv_temperature;
+// A number as the sum of two floats. The intrinsics are never fused into other operations.
+struct Twofold {
+  float high, low;
+};
 
-  __device__ __forceinline__ RowLogSumExp(Pair pair, float inverse)
-      : start(origin(pair.max)),
-        log_sum(logf(pair.sum)),
-        lse(fmaf(start, inverse, log_sum)),
-        inv_temperature(inverse) {}
+__device__ __forceinline__ Twofold sum_of(float a, float b) {
+  const float sum = __fadd_rn(a, b), of_b = __fsub_rn(sum, a);
+  return {sum, __fadd_rn(__fsub_rn(a, __fsub_rn(sum, of_b)), __fsub_rn(b, of_b))};
+}
+
+// Of a whole row; both results are rounded about once. z t - lse = (z - M) t - log(s): both terms are small, while z t
+// and lse may share leading digits.
+struct RowLogSumExp {
+  float start, log_sum, lse;
+  Scale scale;
+
+  __device__ __forceinline__ RowLogSumExp(Pair pair, Scale s)
+      : start(origin(pair.max)), log_sum(logf(pair.sum)), scale(s) {
+    lse = times_temperature_plus({start, 0.0f}, log_sum);
+  }
 
   __device__ __forceinline__ float logprob(float z) const {
     // -inf - lse is -inf, except that lse may be -inf as well.
-    return z != -kInf || isnan(lse) ? (z - start) * inv_temperature - log_sum : -kInf;
+    if (z == -kInf && !isnan(lse)) return -kInf;
+    return times_temperature_plus(sum_of(z, -start), -log_sum);
+  }
+
+ private:
+  // x / temperature + b. Infinities and NaN have no rounding errors to be kept.
+  __device__ __forceinline__ float times_temperature_plus(Twofold x, float b) const {
+    const float t = scale.inv_temperature, product = __fmul_rn(x.high, t);
+    const float rough = __fadd_rn(product, b);
+    if (isinf(rough) || isnan(rough)) return rough;
+    const float error = fmaf(x.high, t, -product) + fmaf(x.high, scale.inv_temperature_low, x.low * t);
+    const Twofold sum = sum_of(product, b);
+    return sum.high + (sum.low + error);
   }
 };
 

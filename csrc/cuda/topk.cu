@@ -1,9 +1,10 @@
 // LSE + exact top-K of rows on CUDA. NOT YET RUN ON A GPU: compiled, inspected, and run thread by thread on a CPU.
 //
 // One read of the logits, in 16-byte vectors, two a thread at a time. A vector is added to the thread's sum (row.cuh);
-// if its largest logit beats the threshold, what beats it is appended to the candidates in shared memory. Where they might not hold another chunk, the K best stay and the threshold rises (select.cuh). Ids come
-// in ascending order from chunk to chunk, so a logit that equals the threshold is no candidate. The threshold begins
-// at the K-th largest of the first vectors' maxima, each a logit of its own.
+// if its largest logit beats the threshold, what beats it is appended to the candidates in shared memory. Where they
+// might not hold another chunk, the K best stay and the threshold rises (select.cuh). Ids come in ascending order from
+// chunk to chunk, so a logit that equals the threshold is no candidate. For K up to 256 the threshold begins at the
+// K-th largest of the first 512 vectors' maxima, each a logit of its own.
 //
 // Cost of a row, V = 151,936 in bf16, K = 64 (37 chunks of 4096, 594 warp loads of 512 bytes), as a model; instructions
 // are those of the sm_90 code, counts of candidates those of normally distributed logits in random order:
@@ -13,13 +14,14 @@
 //                 8 exp2 a lane take 16 of the 35 cycles of the special function units.
 //   candidates    660, where K + K ln(V / K) = 560 are the least; they come in half of the warp loads, 80 instructions
 //                 each: 24,000.
-//   selections    the bound from the first vectors' maxima, 3 choices among 270 keys on average, the sort: about 10,000.
-//   together      about 76,000 of the 84,000 slots of a row that arrives at full bandwidth: close to the limit.
+//   choices       the first threshold, 3 choices among 270 keys on average, the sort: about 10,000.
+//   together      about 76,000 of the 84,000 slots of a row that arrives at full bandwidth, which is close; of the
+//                 117,000 at 2.4 TB/s, the target.
 //   in flight     4 blocks of 256 threads an SM, two loads each: 32 KiB; 3.35 TB/s times 700 ns are 17 KiB an SM.
-//   shared        8 bytes a key, room for K + max(K, 256) and a chunk: 36 KiB a block, 48 KiB for K = 1024 (there an
-//                 A100 takes three blocks).
-// A larger K costs: 1,800 candidates and 6 choices for K = 256, 9,600 and 7 for K = 1024, where the threshold begins
-// without a bound. The worst case is a rising row: all are candidates and every chunk ends with a choice among all of
+//   shared        8 bytes a key, room for K + max(K, 256) and a chunk: 34.5 KiB a block, 48 KiB for K = 1024, of which
+//                 an A100 takes three blocks.
+// A larger K costs: 1,800 candidates and 6 choices for K = 256, 9,600 and 7 for K = 1024, where all of the first chunk
+// are candidates. The worst case is a rising row: all are candidates and every chunk ends with a choice among all of
 // its columns: linear in V, about 10 times the instructions.
 //
 // Few rows are split into parts, each a block's: whole segments of two chunks, whose sums are kept apart and added in
@@ -50,13 +52,13 @@ constexpr int kMaxParts = 65535;
 
 using Buffer = Candidates<kThreads>;
 
-// How many candidates there may be before the next chunk, and how many a selection before the last leaves at most.
+// How many candidates there may be before the next chunk, and how many a choice before the last leaves at most.
 // It leaves far fewer than there may be, or it would have to be repeated at once.
 __host__ __device__ constexpr int room_for(int k) { return k + (k > 256 ? k : 256); }
 __host__ __device__ constexpr int leave_for(int k) { return k + (k > 256 ? k : 256) / 8; }
 
 template <typename T>
-constexpr int kChunkColumns = kChunkSlots* Row<T>::kColumns;
+constexpr int kChunkColumns = kChunkSlots * Row<T>::kColumns;
 
 template <typename T>
 size_t shared_bytes(int64_t k) {
@@ -65,7 +67,7 @@ size_t shared_bytes(int64_t k) {
 
 // Leaves the k best of the buffer (all of them if there are no more) on the last call. Before it there are always more
 // than it leaves, so nobody can append while somebody still reads the count.
-__device__ __forceinline__ Buffer::Bound select(const Buffer& buffer, int k, bool last, Buffer::Bound bound) {
+__device__ __forceinline__ Buffer::Bound choose(const Buffer& buffer, int k, bool last, Buffer::Bound bound) {
   const int count = buffer.state.count;
   const int limit = last ? k : leave_for(k);
   if (count <= limit) return bound;
@@ -81,7 +83,7 @@ __device__ __forceinline__ void write_row(const Buffer& buffer, int k, int id_bi
   int size = 1;
   while (size < k) size *= 2;
   buffer.sort(k, size);
-  const RowLogSumExp row(pair, scale.inv_temperature);
+  const RowLogSumExp row(pair, scale);
   if (threadIdx.x == 0) lse[n] = row.lse;
   for (int i = threadIdx.x; i < k; i += kThreads) {
     const Key key = buffer.keys[i];
@@ -128,10 +130,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     for (int v = 0; v < kVectors; ++v) {
       float z[kColumns];
       Row<T>::unpack(ahead[v], z);
-      float top = z[0];
-#pragma unroll
-      for (int j = 1; j < kColumns; ++j) top = fmaxf(top, z[j]);
-      buffer.keys[v * kThreads + threadIdx.x] = make_key(value_key<T>(top), 0, id_bits);
+      buffer.keys[v * kThreads + threadIdx.x] = make_key(value_key<T>(largest(z)), 0, id_bits);
     }
     const Key lowest = buffer.find_bound(kChunkSlots, k, k, id_bits).lowest();
     threshold = value_below<T>(static_cast<uint32_t>(lowest >> id_bits));
@@ -179,7 +178,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     }
     // Whoever appended last knows how many there are. One barrier: who passes it may append again.
     if (__syncthreads_or(last || appended > room_for(k))) {
-      bound = select(buffer, k, last, bound);
+      bound = choose(buffer, k, last, bound);
       threshold = key_value<T>(static_cast<uint32_t>(bound.lowest() >> id_bits));
     }
   }
@@ -218,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     const Key key = i < count ? part_keys[n * count + i] : 0;
     const int appended = buffer.append(key != 0 && key >= bound.lowest(), key);
     const bool last = begin + kThreads >= count;
-    if (__syncthreads_or(last || appended > room_for(k))) bound = select(buffer, k, last, bound);
+    if (__syncthreads_or(last || appended > room_for(k))) bound = choose(buffer, k, last, bound);
   }
 
   const Row<T> row(logits + n * row_stride, vocab);

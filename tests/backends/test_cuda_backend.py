@@ -1,66 +1,26 @@
 """asyncopd/backends/cuda.py without a GPU: what it passes to the launchers, here the host's, and its errors."""
 
+import os
 import re
-from contextlib import nullcontext
+import subprocess
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import cuda_on_host as host
 import pytest
 import torch
+from cuda_on_host.stand_in import Extension, install, parameters_of
 from torch import Tensor
 
 from asyncopd.backends import cuda, native, reference
 
 pytestmark = host.NEEDED
-MULTIPROCESSORS = 2
-
-
-def parameters_of(launcher: str) -> list[str]:
-    """Names in the order of the C declaration."""
-    for header in sorted((host.CSRC / "cuda").glob("*.h")):
-        if found := re.search(rf"asyncopd_{launcher}\(([^)]*)\)", header.read_text()):
-            return [parameter.split()[-1].lstrip("*") for parameter in found[1].split(",")]
-    raise AssertionError(f"no header declares asyncopd_{launcher}")
-
-
-class Extension:
-    """In the place of `asyncopd._C`: the host's launchers, by the names of the parameters in their headers."""
-
-    cuda = True
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, dict[str, object]]] = []
-
-    def cuda_topk_parts(self, *arguments: int) -> int:
-        return host.topk_size("parts", *arguments)
-
-    def cuda_topk_scratch_bytes(self, *arguments: int) -> int:
-        return host.topk_size("scratch_bytes", *arguments)
-
-    def cuda_topk_logprobs(self, **arguments: object) -> int:
-        return self._launch("cuda_topk_logprobs", arguments)
-
-    def cuda_gather_logprobs(self, **arguments: object) -> int:
-        return self._launch("cuda_gather_logprobs", arguments)
-
-    def _launch(self, name: str, arguments: dict[str, object]) -> int:
-        names = parameters_of(name)
-        assert sorted(names) == sorted(arguments)
-        self.calls.append((name, arguments))
-        return host.kernels().call(f"asyncopd_{name}", *(arguments[name] for name in names))
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def extension(monkeypatch: pytest.MonkeyPatch) -> Extension:
-    extension = Extension()
-    monkeypatch.setattr(cuda, "_C", extension)
-    monkeypatch.setattr(cuda, "_check_logits", native.check_logits)  # CPU tensors are all there are
-    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    properties = SimpleNamespace(multi_processor_count=MULTIPROCESSORS)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    return extension
+    return install(monkeypatch.setattr)
 
 
 def close(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -79,6 +39,36 @@ def test_topk_is_the_references(extension: Extension, rng: torch.Generator, dtyp
         assert arguments["dtype"] == native.DTYPE_CODES[dtype]
         # 3 rows do not fill 2 multiprocessors of 4 blocks each, and no rows need nothing.
         assert (arguments["parts"] == 1) == (len(layout) == 0)
+
+
+def test_shared_tests_pass_on_the_host() -> None:
+    """In a process of its own: backends are chosen, and tests made for them, when pytest starts."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "cuda_on_host.stand_in",
+        "-p",
+        "no:cacheprovider",
+        "--no-cov",
+    ]
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith("COV")}
+    environment = {**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+    files = ["tests/ops/test_topk.py"]
+    run = subprocess.run(
+        [*command, "-p", "cuda_on_host.stand_in", "-k", "cuda", *files],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=110,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed is not None
+    assert int(passed[1]) >= 20, run.stdout
 
 
 def test_gather_is_the_references(extension: Extension, rng: torch.Generator) -> None:

@@ -57,6 +57,18 @@ def test_temperature_and_precision(rng: torch.Generator, temperature: float, off
     check(logits, random_ids(rng, 2, 20_000, torch.int32), temperature)
 
 
+def test_far_log_probabilities_are_rounded_about_once(rng: torch.Generator) -> None:
+    # Of -1300, say: 1 / temperature in one float, or a rounded z - max, would show in the last digit.
+    logits = 50 * torch.randn(1, 3000, generator=rng)
+    ids = torch.arange(3000)[None]
+    for temperature in (0.1, 0.9, 1.9):
+        logprobs, lse = host.gather_logprobs(logits, ids, temperature)
+        expected, expected_lse = reference.gather_logprobs(logits.double(), ids, temperature)
+        # Half a unit in the last place, and what log(s) is off by.
+        torch.testing.assert_close(logprobs.double(), expected, rtol=2**-24, atol=1e-6)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=2**-24, atol=1e-6)
+
+
 def test_a_tiny_temperature_leaves_the_largest() -> None:
     logits = torch.tensor([[1.0, 2.0, 0.5, 2.0]])
     logprobs, _ = host.gather_logprobs(logits, torch.arange(4)[None], 1e-30)

@@ -73,6 +73,18 @@ def test_orders_that_are_hard_for_a_threshold(k: int) -> None:
     check(logits.bfloat16(), k)
 
 
+def test_hard_rows_take_linear_time_and_equal_ones_no_more_than_random(rng: torch.Generator) -> None:
+    def cost(row: Tensor) -> int:
+        host.topk_logprobs(row[None], 64, 1.0)
+        return host.meetings()
+
+    rising = [cost(torch.arange(float(columns))) for columns in (40_960, 81_920)]
+    assert 1.9 < rising[1] / rising[0] < 2.1
+    usual = cost(torch.randn(81_920, generator=rng))
+    assert cost(torch.zeros(81_920)) < 1.2 * usual
+    assert usual < rising[1] / 5
+
+
 def test_zeros_of_either_sign_are_equal() -> None:
     logits = torch.full((1, 6000), -0.0)
     logits[0, ::3] = 0.0

@@ -138,6 +138,11 @@ def gather_logprobs(
     return logprobs, lse
 
 
+def meetings() -> int:
+    """Collectives that the threads of the last launch came to: a measure of what a kernel does beside streaming."""
+    return kernels().call("cuda_on_host_meetings", returns=ctypes.c_int64)
+
+
 def topk_size(what: str, *arguments: int) -> int:
     """asyncopd_cuda_topk_parts or _scratch_bytes."""
     return kernels().call(f"asyncopd_cuda_topk_{what}", *arguments, returns=ctypes.c_int64)

@@ -8,10 +8,10 @@ struct __half {
 };
 
 inline float __half2float(__half value) {
-  const uint32_t sign = uint32_t{value.bits} >> 15 << 31, exponent = value.bits >> 10 & 31u, mantissa = value.bits & 1023u;
+  const uint32_t bits = value.bits, sign = bits >> 15 << 31, exponent = bits >> 10 & 31u, mantissa = bits & 1023u;
   if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
   // Subnormal halves are normal floats; 2^-24 is the unit of both.
-  const float magnitude = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -24)
-                                        : std::ldexp(static_cast<float>(mantissa | 1024u), static_cast<int>(exponent) - 25);
+  const float digits = static_cast<float>(exponent == 0 ? mantissa : mantissa | 1024u);
+  const float magnitude = std::ldexp(digits, exponent == 0 ? -24 : static_cast<int>(exponent) - 25);
   return sign ? -magnitude : magnitude;
 }

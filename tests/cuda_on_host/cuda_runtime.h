@@ -41,6 +41,9 @@ inline To cuda_bit_cast(From from) {
 inline unsigned __float_as_uint(float x) { return cuda_bit_cast<unsigned>(x); }
 inline float __uint_as_float(unsigned x) { return cuda_bit_cast<float>(x); }
 inline float __int_as_float(int x) { return cuda_bit_cast<float>(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 

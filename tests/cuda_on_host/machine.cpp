@@ -50,6 +50,7 @@ struct Machine {
   Schedule schedule = Schedule::kForward;
   std::mt19937 random;
   std::string error;
+  int64_t meetings = 0;  // of all threads in the last launch
 };
 
 // Not thread-local: that is what kernels call shared memory, and it is poisoned.
@@ -255,6 +256,7 @@ void run_block(size_t shared_bytes) {
 
 uint32_t meet(Collective kind, uint32_t mask, uint32_t value, int operand, int line) {
   Fibre& fibre = *machine.current;
+  ++machine.meetings;
   fibre.kind = kind;
   fibre.mask = mask;
   fibre.value = value;
@@ -274,6 +276,7 @@ void fail(const char* what, int line) {
 
 int run(Dim3 grid, Dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
   machine.error.clear();
+  machine.meetings = 0;
   if (block.y != 1 || block.z != 1 || block.x % kWarp != 0 || block.x == 0 || block.x > 1024) {
     set_error("blocks are rows of whole warps here, up to 1024 threads");
   } else if (grid.x == 0 || grid.y == 0 || grid.z == 0 || shared_bytes > kMaxShared) {
@@ -322,4 +325,7 @@ void cuda_on_host_schedule(int seed) {
 const char* cuda_on_host_message() {
   return cuda_on_host::machine.error.c_str();
 }
+
+// How often the threads of the last launch came to a collective: a measure of what a kernel does beside streaming.
+int64_t cuda_on_host_meetings() { return cuda_on_host::machine.meetings; }
 }
