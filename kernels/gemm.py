@@ -100,13 +100,17 @@ def tile_product(
         a_at += a_step
         b_at += b_step
     if not WHOLE:
-        # Outside of the loop: a bound on k inside would cost every load its width.
-        left = depth % BK
-        x = tl.load(a_at, mask=row_there[:, None] & (k < left)[None, :], other=0.0)
-        y = tl.load(b_at, mask=column_there[None, :] & (k < left)[:, None], other=0.0)
-        if INTERPRET:
-            x, y = x.to(tl.float32), y.to(tl.float32)
-        total = tl.dot(x, y, total, input_precision="ieee")
+        # Outside of the loop: a bound on k inside would cost every load its width. As few terms at a time as a product
+        # may have: without width, each takes a register for its address.
+        for begin in tl.range(depth // BK * BK, depth, 16, num_stages=1):
+            last = begin + tl.arange(0, 16).to(tl.int64)
+            last_a = a + row.to(tl.int64)[:, None] * a_row_stride + last[None, :] * a_stride
+            last_b = b + last[:, None] * b_stride + column.to(tl.int64)[None, :] * b_column_stride
+            x = tl.load(last_a, mask=row_there[:, None] & (last < depth)[None, :], other=0.0)
+            y = tl.load(last_b, mask=column_there[None, :] & (last < depth)[:, None], other=0.0)
+            if INTERPRET:
+                x, y = x.to(tl.float32), y.to(tl.float32)
+            total = tl.dot(x, y, total, input_precision="ieee")
     return total
 
 

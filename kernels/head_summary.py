@@ -1,13 +1,12 @@
 """The row summary of a head's logits as the epilogue of their GEMM: no logit is ever written.
 
-    tile_peaks[j, n], tile_sums[j, n]    of the 128 columns (64 in fp32) of part j of row n, for the LSE
-    peaks[n, g]                          the largest logit of the 64 columns of group g, for the top K, if asked for
+    peaks[n, g], sums[n, g]    as in summary.py, of the 64 columns of group g, in fp32
 
-2 N V H FLOPs, then about ten instructions an element of a tile whose products took 2 H: 4 % of them at H = 4096 on
-sm_90, where nothing else runs beside (one block an SM). Bytes of a row of V = 151,936: 9,496 of peaks and 9,496 of
-parts written, where its logits would be 607,744.
+2 N V H FLOPs, then about ten instructions an element of a tile whose products took 2 H FLOPs each; on sm_90, with one
+block an SM, nothing runs beside them: 4 % at H = 4096, by the number of instructions. Bytes of a row of V = 151,936:
+18,992 written and read again once, where its logits would be 607,744.
 
-One more kernel merges a row's parts, in fixed point like every LSE here, so in whatever order.
+One more kernel, a program a row, merges the groups in fixed point like every LSE here.
 """
 
 from typing import NamedTuple
@@ -20,26 +19,21 @@ from torch import Tensor
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.epilogue import Epilogue, head_logit
 from asyncopd.kernels.gemm import FP32, GROUP_ROWS, LARGE, SMALL, Tile, tile_for, tile_of, tile_product
-from asyncopd.kernels.launch import INTERPRET, Scale, on_device
+from asyncopd.kernels.launch import INTERPRET, Scale, on_device, padded, warps_for
 from asyncopd.kernels.numeric import INF, NAN, exp_scaled, log_fixed, logsumexp_of, to_fixed
 from asyncopd.kernels.summary import GROUP, count_groups, row_start, shift_of
 
-MERGE_ROWS = 32  # a program's rows, neighbours in memory
-MERGE_PARTS = 16  # that it reads at a time
-
 
 @triton.jit
-def _write_part(
-    z,  # fp32 [BM, PART]: products
+def _write_group(
+    z,  # fp32 [BM, GROUP]: products
     bias,  # [V] fp32, or None
     peaks,  # [N, group_stride] fp32
-    tile_peaks,  # [parts, N] fp32
-    tile_sums,  # [parts, N] fp32
+    sums,  # [N, group_stride] fp32
     row,  # [BM]
-    part,
+    group,
     rows,
     columns,
-    groups,
     group_stride,
     logit_scale,
     softcap,
@@ -47,36 +41,29 @@ def _write_part(
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     scale,
-    BM: tl.constexpr,
-    PART: tl.constexpr,
     GROUP: tl.constexpr,
-    WRITE_PEAKS: tl.constexpr,
 ):
-    column = part * PART + tl.arange(0, PART)
+    column = group * GROUP + tl.arange(0, GROUP)
     b = 0.0
     if HAS_BIAS:
         b = tl.load(bias + column, mask=column < columns, other=0.0)[None, :]
     z = head_logit(z, b, logit_scale, softcap, softcap_inverse, HAS_BIAS, HAS_CAP)
     z = tl.where((column < columns)[None, :], z, -INF)
-    peak = tl.max(tl.reshape(z, (BM, PART // GROUP, GROUP)), axis=2)
-    tile_peak = tl.max(peak, axis=1)
-    origin = tl.where(tile_peak == -INF, 0.0, tile_peak)
-    tile_sum = tl.sum(tl.exp2((z - origin[:, None]) * scale), axis=1)
-    there = row < rows
-    # Only a NaN or +inf makes a sum NaN; then it is looked for.
-    if tl.max(tl.where(there & (tile_sum != tile_sum), 1, 0), axis=0) > 0:
-        is_nan = tl.reshape((z != z).to(tl.int32), (BM, PART // GROUP, GROUP))
-        group_nan = tl.max(is_nan, axis=2)
-        peak = tl.where(group_nan > 0, NAN, peak)
-        tile_nan = tl.max(group_nan, axis=1)
-        tile_sum = tl.where(tile_nan > 0, NAN, tl.where(tile_peak == INF, 1.0, tile_sum))
-    at = part.to(tl.int64) * rows + row
-    tl.store(tile_peaks + at, tile_peak, mask=there)
-    tl.store(tile_sums + at, tile_sum, mask=there)
-    if WRITE_PEAKS:
-        group = part * (PART // GROUP) + tl.arange(0, PART // GROUP)
-        to = row_start(peaks, row, group_stride)[:, None] + group[None, :]
-        tl.store(to, peak, mask=there[:, None] & (group < groups)[None, :])
+    peak = tl.max(z, axis=1)
+    # Measured from 0 where the peak is infinite, exponentials are 0 or inf, and a sum is NaN only if it has a NaN.
+    origin = tl.where(tl.abs(peak) == INF, 0.0, peak)
+    total = tl.sum(tl.exp2((z - origin[:, None]) * scale), axis=1)
+    peak = tl.where(total != total, NAN, peak)
+    total = tl.where(peak == INF, 1.0, total)
+    # The last tile may begin groups that are beyond the row.
+    there = row < tl.where(group * GROUP < columns, rows, 0)
+    tl.store(row_start(peaks, row, group_stride) + group, peak, mask=there)
+    tl.store(row_start(sums, row, group_stride) + group, total, mask=there)
+
+
+@triton.jit
+def _halves(z, BM: tl.constexpr, BN: tl.constexpr):
+    return tl.split(tl.permute(tl.reshape(z, (BM, 2, BN // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -85,12 +72,10 @@ def _head_summary_kernel(
     weight,  # [V, H]
     bias,  # [V] fp32, or None
     peaks,  # [N, group_stride] fp32; NaN where the group holds one
-    tile_peaks,  # [parts, N] fp32
-    tile_sums,  # [parts, N] fp32: NaN if the part holds a NaN, 1 if its peak is +inf
+    sums,  # [N, group_stride] fp32; likewise, and 1 where the peak is +inf
     rows,  # N
     columns,  # V
     depth,  # H
-    groups,
     group_stride,
     hidden_row_stride,
     hidden_stride,
@@ -107,7 +92,6 @@ def _head_summary_kernel(
     BK: tl.constexpr,
     GROUP_ROWS: tl.constexpr,
     GROUP: tl.constexpr,
-    WRITE_PEAKS: tl.constexpr,
     WHOLE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
@@ -132,24 +116,27 @@ def _head_summary_kernel(
         WHOLE,
         INTERPRET,
     )
-    # Two parts of a wide tile, one after the other: all of it at once has not enough registers.
-    PARTS: tl.constexpr = 2 if BN >= 128 else 1
-    PART: tl.constexpr = BN // PARTS
-    left, right = z, z
-    if PARTS == 2:
-        left, right = tl.split(tl.permute(tl.reshape(z, (BM, 2, PART)), (0, 2, 1)))
-    for i in tl.static_range(PARTS):
-        _write_part(
-            left if i == 0 else right,
+    # A group after the other: for all of a wide tile at once there are not enough registers.
+    GROUPS: tl.constexpr = BN // GROUP
+    if GROUPS == 4:
+        left, right = _halves(z, BM, BN)
+        a, b = _halves(left, BM, BN // 2)
+        c, d = _halves(right, BM, BN // 2)
+        parts = (a, b, c, d)
+    elif GROUPS == 2:
+        parts = _halves(z, BM, BN)
+    else:
+        parts = (z,)
+    for i in tl.static_range(GROUPS):
+        _write_group(
+            parts[i],
             bias,
             peaks,
-            tile_peaks,
-            tile_sums,
+            sums,
             row,
-            column_tile * PARTS + i,
+            column_tile * GROUPS + i,
             rows,
             columns,
-            groups,
             group_stride,
             logit_scale,
             softcap,
@@ -157,62 +144,50 @@ def _head_summary_kernel(
             HAS_BIAS,
             HAS_CAP,
             scale,
-            BM,
-            PART,
             GROUP,
-            WRITE_PEAKS,
         )
 
 
 @triton.jit
 def _merge_kernel(
-    tile_peaks,  # [parts, N] fp32
-    tile_sums,  # [parts, N] fp32
+    peaks,  # [N, group_stride] fp32
+    sums,  # [N, group_stride] fp32
     row_peaks,  # [N] fp32
-    row_sums,  # [N] fp32: as tile_sums, of the whole row
+    row_sums,  # [N] fp32: as sums, of the whole row
     lse,  # [N] fp32
-    rows,
-    parts,
+    group_stride,
+    groups,
     t,
     t_low,
     scale,
     scale_low,
-    ROWS: tl.constexpr,
-    PARTS: tl.constexpr,
+    GROUPS: tl.constexpr,  # a power of two, at least `groups`
     SHIFT: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = (row < rows)[None, :]
-    peak = tl.full([ROWS], -INF, tl.float32)
-    broken = tl.zeros([ROWS], tl.int32)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)[:, None].to(tl.int64)
-        at, mask = part * rows + row[None, :], there & (part < parts)
-        peak = tl.maximum(peak, tl.max(tl.load(tile_peaks + at, mask=mask, other=-INF), axis=0))
-        sums = tl.load(tile_sums + at, mask=mask, other=0.0)
-        broken = tl.maximum(broken, tl.max((sums != sums).to(tl.int32), axis=0))
-    regular = (tl.abs(peak) < INF) & (broken == 0)
-    origin = tl.where(regular, peak, 0.0)
-    total = tl.zeros([ROWS], tl.int64)
-    for start in range(0, parts, PARTS):
-        part = start + tl.arange(0, PARTS)[:, None].to(tl.int64)
-        at, mask = part * rows + row[None, :], there & (part < parts)
-        peaks = tl.load(tile_peaks + at, mask=mask, other=-INF)
-        sums = tl.load(tile_sums + at, mask=mask, other=0.0)
-        masses = sums * exp_scaled(peaks - origin[None, :], scale, scale_low)
-        # NaN and infinite rows are not summed: their total has to be one that a logarithm takes.
-        total += tl.sum(to_fixed(tl.where(regular[None, :], masses, 0.0), SHIFT), axis=0)
-    log_high, log_low = log_fixed(tl.where(regular, total, 1 << SHIFT), SHIFT)
-    log_high = tl.where(regular, log_high, tl.where(broken > 0, NAN, 0.0))
+    row = tl.program_id(0)
+    row_groups = tl.arange(0, GROUPS)
+    there = row_groups < groups
+    # A group that holds a NaN says so in its sum; its peak is none.
+    total = tl.load(row_start(sums, row, group_stride) + row_groups, mask=there, other=0.0)
+    peak = tl.load(row_start(peaks, row, group_stride) + row_groups, mask=there, other=-INF)
+    peak = tl.where(total != total, -INF, peak)
+    broken = tl.max((total != total).to(tl.int32), axis=0) > 0
+    top = tl.max(peak, axis=0)
+    regular = (tl.abs(top) < INF) & (broken == 0)
+    masses = total * exp_scaled(peak - tl.where(regular, top, 0.0), scale, scale_low)
+    # A row of NaN or infinities is not summed: its total is one that a logarithm takes.
+    mass = tl.sum(to_fixed(tl.where(regular, masses, 0.0), SHIFT), axis=0)
+    log_high, log_low = log_fixed(tl.where(regular, mass, 1 << SHIFT), SHIFT)
+    log_high = tl.where(regular, log_high, tl.where(broken, NAN, 0.0))
     log_low = tl.where(regular, log_low, 0.0)
-    row_sum = tl.where(regular, total.to(tl.float32) * (1.0 / (1 << SHIFT)), tl.where(broken > 0, NAN, 1.0))
-    tl.store(row_peaks + row, peak, mask=row < rows)
-    tl.store(row_sums + row, row_sum, mask=row < rows)
-    tl.store(lse + row, logsumexp_of(peak, log_high, log_low, t, t_low), mask=row < rows)
+    tl.store(row_peaks + row, top)
+    row_sum = mass.to(tl.float32) * (1.0 / (1 << SHIFT))
+    tl.store(row_sums + row, tl.where(regular, row_sum, tl.where(broken, NAN, 1.0)))
+    tl.store(lse + row, logsumexp_of(top, log_high, log_low, t, t_low))
 
 
 class HeadSummary(NamedTuple):
-    """peaks [N, groups, rounded up to 16] or [N, 0]; row_peaks, row_sums and lse [N]."""
+    """peaks [N, groups, rounded up to 16]; row_peaks, row_sums and lse [N]. All fp32."""
 
     peaks: Tensor
     row_peaks: Tensor
@@ -220,20 +195,17 @@ class HeadSummary(NamedTuple):
     lse: Tensor
 
 
-def summarize_head(hidden: Tensor, weight: Tensor, epilogue: Epilogue, scale: Scale, *, peaks: bool) -> HeadSummary:
+def summarize_head(hidden: Tensor, weight: Tensor, epilogue: Epilogue, scale: Scale) -> HeadSummary:
     """hidden [N, H], weight [V, H], of one dtype and with a unit stride each."""
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     groups = count_groups(vocab)
     tile = tile_for(hidden, rows, vocab)
-    stride = triton.cdiv(groups, 16) * 16
-    # Both parts of the last tile are written, even if the row ends in the first: -inf and 0.
-    parts = triton.cdiv(vocab, tile.BN) * (2 if tile.BN >= 128 else 1)
+    stride, block = triton.cdiv(groups, 16) * 16, padded(groups, 64)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
 
-    out = HeadSummary(empty(rows, stride if peaks else 0), empty(rows), empty(rows), empty(rows))
-    tile_peaks, tile_sums = empty(parts, rows), empty(parts, rows)
+    sums, out = empty(rows, stride), HeadSummary(empty(rows, stride), empty(rows), empty(rows), empty(rows))
     if rows == 0:
         return out
     with on_device(hidden):
@@ -242,12 +214,10 @@ def summarize_head(hidden: Tensor, weight: Tensor, epilogue: Epilogue, scale: Sc
             weight,
             epilogue.bias,
             out.peaks,
-            tile_peaks,
-            tile_sums,
+            sums,
             rows,
             vocab,
             depth,
-            groups,
             stride,
             *hidden.stride(),
             *weight.stride(),
@@ -258,23 +228,21 @@ def summarize_head(hidden: Tensor, weight: Tensor, epilogue: Epilogue, scale: Sc
             tile.BK,
             GROUP_ROWS,
             GROUP,
-            peaks,
             depth % tile.BK == 0,
             INTERPRET,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
-        _merge_kernel[(triton.cdiv(rows, MERGE_ROWS),)](
-            tile_peaks,
-            tile_sums,
+        _merge_kernel[(rows,)](
+            out.peaks,
+            sums,
             *out[1:],
-            rows,
-            parts,
+            stride,
+            groups,
             *scale,
-            MERGE_ROWS,
-            MERGE_PARTS,
+            block,
             shift_of(vocab),
-            num_warps=4,
+            num_warps=warps_for(block, 16),
         )
     return out
 
@@ -289,41 +257,41 @@ def head_logsumexp(
 ) -> Tensor:
     """LSE [N] fp32 of the logits / temperature of a head, without its logits. hidden [N, H], weight [V, H]."""
     epilogue = Epilogue.of(bias, logit_scale, softcap)
-    return summarize_head(hidden, weight, epilogue, Scale.of(temperature), peaks=False).lse
+    return summarize_head(hidden, weight, epilogue, Scale.of(temperature)).lse
 
 
 def compile_cases() -> list[CompileCase]:
+    vocab = 151_936
+    block = padded(count_groups(vocab), 64)
     cases = [
         CompileCase(
             name="head-merge",
             kernel=_merge_kernel,
             signature={
-                **dict.fromkeys(("tile_peaks", "tile_sums", "row_peaks", "row_sums", "lse"), "*fp32"),
-                **dict.fromkeys(("rows", "parts"), "i32"),
+                **dict.fromkeys(("peaks", "sums", "row_peaks", "row_sums", "lse"), "*fp32"),
+                **dict.fromkeys(("group_stride", "groups"), "i32"),
                 **dict.fromkeys(("t", "t_low", "scale", "scale_low"), "fp32"),
-                **dict.fromkeys(("ROWS", "PARTS", "SHIFT"), "constexpr"),
+                **dict.fromkeys(("GROUPS", "SHIFT"), "constexpr"),
             },
-            constexprs={"ROWS": MERGE_ROWS, "PARTS": MERGE_PARTS, "SHIFT": shift_of(151_936)},
-            num_warps=4,
-            max_registers=80,
-            divisible=("tile_peaks", "tile_sums", "row_peaks", "row_sums", "lse", "rows"),
+            constexprs={"GROUPS": block, "SHIFT": shift_of(vocab)},
+            num_warps=warps_for(block, 16),
+            max_registers=96,
+            divisible=("peaks", "sums", "row_peaks", "row_sums", "lse", "group_stride"),
         )
     ]
     tiles = [("fp32", "", (80, 90, 100), FP32)]
     for capability, large in LARGE.items():
-        tiles += [(dtype, f"-{10 * capability}", (10 * capability,), large) for dtype in ("bf16", "fp16")]
-    for dtype, suffix, archs, tile in tiles:
-        for what, full, peaks in (("topk", False, True), ("lse", False, False), ("topk-full", True, True)):
-            if dtype == "fp16" and what != "topk":  # as bf16
-                continue
-            cases.append(_case(f"head-summary-{what}-{dtype}{suffix}", archs, dtype, tile, full, peaks))
-    for capability, small in SMALL.items():
         arch = 10 * capability
-        cases.append(_case(f"head-summary-small-{arch}", (arch,), "bf16", small, full=True, peaks=True))
+        tiles += [(dtype, f"-{arch}", (arch,), large) for dtype in ("bf16", "fp16")]
+        tiles.append(("bf16", f"-small-{arch}", (arch,), SMALL[capability]))
+    for dtype, suffix, archs, tile in tiles:
+        cases.append(_case(f"head-summary-{dtype}{suffix}", archs, dtype, tile, full=False))
+        if dtype != "fp16":  # as bf16
+            cases.append(_case(f"head-summary-full-{dtype}{suffix}", archs, dtype, tile, full=True))
     return cases
 
 
-def _case(name: str, archs: tuple[int, ...], dtype: str, tile: Tile, full: bool, peaks: bool) -> CompileCase:
+def _case(name: str, archs: tuple[int, ...], dtype: str, tile: Tile, *, full: bool) -> CompileCase:
     """full: bias, softcap and an H that BK does not divide."""
     constexprs = {
         "hidden_stride": 1,
@@ -335,14 +303,13 @@ def _case(name: str, archs: tuple[int, ...], dtype: str, tile: Tile, full: bool,
         "BK": tile.BK,
         "GROUP_ROWS": GROUP_ROWS,
         "GROUP": GROUP,
-        "WRITE_PEAKS": peaks,
         "WHOLE": not full,
         "INTERPRET": False,
     }
     names = {
         **dict.fromkeys(("hidden", "weight"), f"*{dtype}"),
-        **dict.fromkeys(("bias", "peaks", "tile_peaks", "tile_sums"), "*fp32"),
-        **dict.fromkeys(("rows", "columns", "depth", "groups", "group_stride"), "i32"),
+        **dict.fromkeys(("bias", "peaks", "sums"), "*fp32"),
+        **dict.fromkeys(("rows", "columns", "depth", "group_stride"), "i32"),
         **dict.fromkeys(("hidden_row_stride", "hidden_stride", "weight_row_stride", "weight_stride"), "i32"),
         **dict.fromkeys(("logit_scale", "softcap", "softcap_inverse"), "fp32"),
         **dict.fromkeys(("HAS_BIAS", "HAS_CAP"), "constexpr"),
@@ -358,8 +325,8 @@ def _case(name: str, archs: tuple[int, ...], dtype: str, tile: Tile, full: bool,
         # 256 threads: one block of 8 warps an SM, or two of 4.
         max_registers=255,
         divisible=(
-            *("hidden", "weight", "bias", "peaks", "tile_peaks", "tile_sums"),
-            *("rows", "columns", "depth", "group_stride", "hidden_row_stride", "weight_row_stride"),
+            *("hidden", "weight", "bias", "peaks", "sums", "rows", "columns", "depth"),
+            *("group_stride", "hidden_row_stride", "weight_row_stride"),
         ),
         archs=archs,
     )

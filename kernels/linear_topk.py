@@ -124,7 +124,7 @@ def _chunked(hidden: Tensor, problem: Problem, z: Tensor, out: Out) -> None:
 def _fused(hidden: Tensor, problem: Problem, out: Out) -> None:
     weight, epilogue, scale, k = problem
     vocab, groups = weight.shape[0], count_groups(weight.shape[0])
-    row = summarize_head(hidden, weight, epilogue, scale, peaks=True)
+    row = summarize_head(hidden, weight, epilogue, scale)
     chosen = choose_groups(row.peaks, groups, k)[:, : min(k, groups)]
     z = regroup(hidden, weight, epilogue, chosen)
     summary = summarize(z, scale, peaks=True, sums=False)

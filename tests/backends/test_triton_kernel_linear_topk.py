@@ -196,9 +196,7 @@ def test_the_summary_of_a_head_is_that_of_its_logits(rng: torch.Generator) -> No
     bias = torch.zeros(330)
     bias[100], bias[150:] = NAN, -400.0  # later groups underflow in no sum but a shared one
     scale = Scale.of(2.0)
-    out = summarize_head(
-        hidden.to(DEVICE), weight.to(DEVICE), Epilogue.of(bias.to(DEVICE), 1.0, None), scale, peaks=True
-    )
+    out = summarize_head(hidden.to(DEVICE), weight.to(DEVICE), Epilogue.of(bias.to(DEVICE), 1.0, None), scale)
     z = hidden.double() @ weight.double().t() + bias
     groups = torch.cat([z, torch.full((133, -330 % GROUP), -INF)], dim=1).view(133, -1, GROUP)
     torch.testing.assert_close(
@@ -207,9 +205,7 @@ def test_the_summary_of_a_head_is_that_of_its_logits(rng: torch.Generator) -> No
     assert out.lse.isnan().all()
     assert out.row_sums.isnan().all()
     bias[100] = 0.0
-    out = summarize_head(
-        hidden.to(DEVICE), weight.to(DEVICE), Epilogue.of(bias.to(DEVICE), 1.0, None), scale, peaks=False
-    )
+    out = summarize_head(hidden.to(DEVICE), weight.to(DEVICE), Epilogue.of(bias.to(DEVICE), 1.0, None), scale)
     z = hidden.double() @ weight.double().t() + bias
     assert torch.equal(out.row_peaks.double().cpu(), z.amax(1))
     sums = ((z - z.amax(1, keepdim=True)) / 2.0).exp().sum(1)
