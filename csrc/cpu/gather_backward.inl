@@ -86,7 +86,8 @@ bool backward_rows(const Problem& problem, const Workspace& work, int64_t begin,
   bool valid = true;
   for (int64_t n = begin; n < end; ++n) {
     valid &= backward_row<Type>(problem.grad + n * problem.num_ids, logits + n * problem.row_stride, problem.lse[n],
-                                ids + n * problem.num_ids, problem.first, problem.columns, problem.vocab, problem.num_ids, scale, work,
+                                ids + n * problem.num_ids, problem.first, problem.columns, problem.vocab,
+                                problem.num_ids, scale, work,
                                 out + n * problem.out_stride);
   }
   return valid;

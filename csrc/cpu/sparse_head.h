@@ -47,7 +47,7 @@ int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride,
 int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* logits, const void* hidden,
                                                int64_t hidden_stride, int hidden_dtype, const void* weight,
                                                int64_t weight_stride, int dtype, const void* ids, int id_type,
-                                               const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
-                                               double temperature, double logit_scale, double softcap, void* dhidden,
-                                               void* dweight, float* dbias, int threads, int isa);
+                                               const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width,
+                                               int64_t num_ids, double temperature, double logit_scale, double softcap,
+                                               void* dhidden, void* dweight, float* dbias, int threads, int isa);
 }
