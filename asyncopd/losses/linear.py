@@ -23,7 +23,7 @@ from asyncopd.losses.reduce import check_reduction, denominator, reduce_rows
 from asyncopd.ops import checks
 from asyncopd.ops.gather import gather_from_head
 from asyncopd.ops.head import prepare_head
-from asyncopd.ops.linear_kl import linear_kl
+from asyncopd.ops.linear_kl import loss_and_metrics
 from asyncopd.support import Support
 
 
@@ -162,7 +162,7 @@ def _with_gradients(
     if not isinstance(divisor, Tensor):
         dtype = compute_dtype(hidden, support.teacher_logprobs)
         divisor = torch.full((), divisor, dtype=dtype, device=hidden.device)
-    loss, metrics, *_ = linear_kl(
+    loss, metrics = loss_and_metrics(
         hidden,
         weight,
         bias,
