@@ -25,7 +25,7 @@ FILES = {
         "",
         15,
     ),
-    "own-sampled-head": (["tests/backends/test_triton_kernel_sparse_head.py"], "", 60),
+    "own-sampled-head": (["tests/backends/test_triton_kernel_sparse_head.py"], "", 55),
     "shared": (
         [
             "tests/ops/test_topk.py",
