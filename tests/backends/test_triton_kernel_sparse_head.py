@@ -44,19 +44,8 @@ def tensor(values: Any, dtype: torch.dtype | None = None) -> Tensor:
     return torch.tensor(values, dtype=dtype, device=DEVICE)
 
 
-def entries_of(counts: list[int], width: int = 3, num_ids: int = 1) -> Case:
-    """Id v is named counts[v] times; rows hold the ids in an order of their own."""
-    rng = torch.Generator().manual_seed(len(counts))
-    ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
-    rows = len(ids) // num_ids
-    assert rows * num_ids == len(ids)
-    return Case(
-        hidden=torch.randn(rows, width, generator=rng).to(DEVICE),
-        weight=torch.randn(len(counts), width, generator=rng).to(DEVICE),
-        ids=ids[torch.randperm(len(ids), generator=rng)].view(rows, num_ids).to(DEVICE),
-        grad=torch.randn(rows, num_ids, generator=rng).to(DEVICE),
-        bias=torch.randn(len(counts), generator=rng).to(DEVICE),
-    )
+def entries_of(counts: list[int], num_ids: int) -> Case:
+    return Case.of_counts(counts, num_ids, DEVICE)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
