@@ -43,6 +43,20 @@ class Case:
             mask=(torch.arange(rows) % 3 != 1).to(device),
         )
 
+    @classmethod
+    def of_counts(cls, counts: list[int], num_ids: int, device: str) -> Self:
+        """Id v is named counts[v] times, in rows of num_ids, shuffled."""
+        rng = torch.Generator().manual_seed(len(counts))
+        ids = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        ids = ids[torch.randperm(len(ids), generator=rng)].view(-1, num_ids)
+        return cls(
+            hidden=torch.randn(len(ids), 3, generator=rng).to(device),
+            weight=torch.randn(len(counts), 3, generator=rng).to(device),
+            ids=ids.to(device),
+            grad=torch.randn(ids.shape, generator=rng).to(device),
+            bias=torch.randn(len(counts), generator=rng).to(device),
+        )
+
     @property
     def head(self) -> tuple[Any, ...]:
         """As the backends' functions take it."""
