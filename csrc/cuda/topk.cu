@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 }
 
 // One block a row.
-// max-registers: topk_merge_kernel 64
+// max-registers: topk_merge_kernel 48
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kBlocks)
     topk_merge_kernel(const T* __restrict__ logits,  // whose addresses say how many segments a row has
