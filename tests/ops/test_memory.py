@@ -60,3 +60,11 @@ def test_no_allocation_is_as_large_as_the_logits(engine: str, name: str, dtype: 
 def test_the_sampled_normalisation_never_walks_the_vocabulary(engine: str) -> None:
     # Nothing larger than the K picked rows of the head per position, or the weight's own gradient.
     assert largest_allocation(calls(torch.float32)["reverse_sampled"]) <= max(N * K * H, V * H) * 4
+
+
+@pytest.mark.ops("linear_kl", "scale_gradient_")
+def test_the_backward_of_the_fused_loss_holds_no_second_weight_gradient(engine: str) -> None:
+    """Not even where the loss is divided by the number of micro-batches."""
+    hidden, weight, support = leaves(torch.float32)
+    loss = linear_reverse_kl(hidden, weight, support) / 8
+    assert largest_allocation(loss.backward) < V * H * 4
