@@ -201,11 +201,12 @@ def tile_for(a: Tensor, rows: int, columns: int) -> Tile:
         return FP32
     if a.device.type != "cuda":
         return LARGE[9]
-    capability = min(10, max(8, torch.cuda.get_device_capability(a.device)[0]))
-    large = LARGE[capability]
+    capability = torch.cuda.get_device_capability(a.device)[0]
+    # Others have no more shared memory than sm_80, and its instructions.
+    large, small = LARGE.get(capability, LARGE[8]), SMALL.get(capability, SMALL[8])
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count
     busy = triton.cdiv(rows, large.BM) * triton.cdiv(columns, large.BN) >= processors
-    return large if busy else SMALL[capability]
+    return large if busy else small
 
 
 def product(
