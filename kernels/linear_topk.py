@@ -2,7 +2,7 @@
 
 chunked   the fp32 logits of a chunk of rows, at most CHUNK_BYTES, by cuBLAS; the epilogue in place, if the head has
           one; the row summary and the selection of topk.py. Whole rows, so nothing is merged.
-          4 bytes a logit written and read, 8 more each way with an epilogue.
+          4 bytes a logit written and read, 4 more each way with an epilogue.
 fused     the row summary as the epilogue of the GEMM (head_summary.py), its K best groups, their logits again
           (regroup.py), the selection among those. No logits but K groups a row; 2 N K 64 H FLOPs more.
 
