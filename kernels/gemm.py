@@ -201,11 +201,12 @@ def tile_for(a: Tensor, rows: int, columns: int) -> Tile:
         return FP32
     if a.device.type != "cuda":
         return LARGE[9]
-    capability = min(10, max(8, torch.cuda.get_device_capability(a.device)[0]))
-    large = LARGE[capability]
+    capability = torch.cuda.get_device_capability(a.device)[0]
+    # Others have no more shared memory than sm_80, and its instructions.
+    large, small = LARGE.get(capability, LARGE[8]), SMALL.get(capability, SMALL[8])
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count
     busy = triton.cdiv(rows, large.BM) * triton.cdiv(columns, large.BN) >= processors
-    return large if busy else SMALL[capability]
+    return large if busy else small
 
 
 def product(
@@ -233,18 +234,17 @@ def product(
     if count is None and a.device.type == "cpu":
         value = a.float() @ b.float()
         out.copy_(out.float() + value if accumulate else value)
-    elif count is None and _cublas_sums_in_fp32(a, out):
-        # From an fp32 `out` itself, so that nothing else is [M, N]; beta = 0 ignores what it holds.
-        own_dtype = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    elif count is None and cublas_sums_in_fp32(a, out):
+        # Into `out` itself, so that nothing else is [M, N].
         if accumulate:
-            torch.addmm(out, a, b, out=out, **own_dtype)
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
-            torch.mm(a, b, out=out, **own_dtype)
+            torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         _launch(a, b, out, count, ALL if count is None else ROWS if counted == "rows" else DEPTH, accumulate)
 
 
-def _cublas_sums_in_fp32(a: Tensor, out: Tensor) -> bool:
+def cublas_sums_in_fp32(a: Tensor, out: Tensor) -> bool:
     """Whether torch's settings let it. A 16-bit `out` may be summed in parts that are rounded to 16 bits."""
     matmul = torch.backends.cuda.matmul
     if a.dtype == torch.float32:
@@ -351,7 +351,7 @@ def _case(
 
 def compile_cases() -> list[CompileCase]:
     """The three products of a head: z = h W^T and dh = dz W by rows, dW += dz^T h by depth."""
-    tiles = [("fp32", "", (80, 90, 100), FP32)]
+    tiles: list[tuple[str, str, tuple[int, ...], Tile]] = [("fp32", "", (80, 90, 100), FP32)]
     for capability, large in LARGE.items():
         arch = 10 * capability
         tiles += [("bf16", f"-{arch}", (arch,), large), ("fp16", f"-{arch}", (arch,), large)]

@@ -279,7 +279,7 @@ def compile_cases() -> list[CompileCase]:
             divisible=("peaks", "sums", "row_peaks", "row_sums", "lse", "group_stride"),
         )
     ]
-    tiles = [("fp32", "", (80, 90, 100), FP32)]
+    tiles: list[tuple[str, str, tuple[int, ...], Tile]] = [("fp32", "", (80, 90, 100), FP32)]
     for capability, large in LARGE.items():
         arch = 10 * capability
         tiles += [(dtype, f"-{arch}", (arch,), large) for dtype in ("bf16", "fp16")]

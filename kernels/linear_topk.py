@@ -2,7 +2,7 @@
 
 chunked   the fp32 logits of a chunk of rows, at most CHUNK_BYTES, by cuBLAS; the epilogue in place, if the head has
           one; the row summary and the selection of topk.py. Whole rows, so nothing is merged.
-          4 bytes a logit written and read, 8 more each way with an epilogue.
+          4 bytes a logit written and read, 4 more each way with an epilogue.
 fused     the row summary as the epilogue of the GEMM (head_summary.py), its K best groups, their logits again
           (regroup.py), the selection among those. No logits but K groups a row; 2 N K 64 H FLOPs more.
 
@@ -36,7 +36,7 @@ from asyncopd.kernels.summary import GROUP, count_groups, summarize
 from asyncopd.kernels.topk import check_k, choose_groups, launch_topk
 
 # What a chunk of rows may take: 883 rows of 151,936 fp32 logits, whose products take 3 times as long as reading the
-# head (H100, bf16), or 17,900 rows of their summaries and 64 groups.
+# head (H100, bf16), or 13,600 rows of their summaries and 64 groups.
 CHUNK_BYTES = 1 << 29
 # With an epilogue, in 16 bits, from so many pairs of a row and a group on for each group of the vocabulary: a program
 # of regroup.py is then half full at least. Modelled above, not measured.
@@ -95,7 +95,7 @@ def extract(hidden: Tensor, problem: Problem, *, fused: bool) -> Out:
     # The pitch keeps every row aligned for wide loads, whatever V is.
     groups = count_groups(vocab)
     pitch = groups * GROUP
-    height = _chunk_height(rows, 4 * (groups + min(k, groups) * (GROUP + 16) if fused else pitch))
+    height = _chunk_height(rows, 4 * (2 * groups + min(k, groups) * (GROUP + 16) if fused else pitch))
     tile = torch.empty((0 if fused else height, pitch), dtype=torch.float32, device=hidden.device)[:, :vocab]
     for start in range(0, rows, height):
         chunk = slice(start, min(start + height, rows))

@@ -21,9 +21,9 @@ from asyncopd.kernels.launch import INTERPRET, on_device
 from asyncopd.kernels.numeric import INF
 from asyncopd.kernels.summary import GROUP, count_groups
 
-# 128 pairs, as tcgen05 (sm_100) takes no fewer; on sm_90 two blocks of 4 warps an SM.
+# 128 pairs, as tcgen05 (sm_100) takes no fewer; two blocks of 4 warps an SM.
 TILE = Tile(128, GROUP, 64, 4, 4)
-FP32 = Tile(64, GROUP, 32, 4, 3)
+FP32 = Tile(32, GROUP, 32, 4, 3)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 from each_backend import DEVICES
 from torch import Tensor
 
-from asyncopd.kernels.gemm import FP32, GROUP_ROWS, LARGE, SMALL, product, tile_for
+from asyncopd.kernels.gemm import FP32, GROUP_ROWS, LARGE, SMALL, cublas_sums_in_fp32, product, tile_for
 
 DEVICE = DEVICES["triton"]
 NAN = float("nan")
@@ -168,6 +168,24 @@ def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -
     }
     with pytest.raises((TypeError, ValueError), match=message):
         product(**on_device)  # type: ignore[arg-type]
+
+
+def test_cublas_is_for_sums_in_fp32() -> None:
+    matmul = torch.backends.cuda.matmul
+    whole, half, short = (torch.zeros(1, 1, dtype=dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16))
+    tf32, fp16_sums = matmul.allow_tf32, matmul.allow_fp16_accumulation
+    try:
+        matmul.allow_tf32 = matmul.allow_fp16_accumulation = False
+        assert cublas_sums_in_fp32(whole, whole)
+        assert cublas_sums_in_fp32(half, whole)
+        assert cublas_sums_in_fp32(short, whole)
+        assert not cublas_sums_in_fp32(short, short)
+        matmul.allow_tf32 = matmul.allow_fp16_accumulation = True
+        assert not cublas_sums_in_fp32(whole, whole)
+        assert not cublas_sums_in_fp32(half, whole)
+        assert cublas_sums_in_fp32(short, whole)
+    finally:
+        matmul.allow_tf32, matmul.allow_fp16_accumulation = tf32, fp16_sums
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="asks a device how large it is")

@@ -191,6 +191,16 @@ def test_pairs_of_a_group_fill_more_than_one_program(rng: torch.Generator) -> No
     assert torch.equal(out, z.gather(1, columns))
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="numpy's products depend on their shapes")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_logit_is_the_same_number_in_both_products(rng: torch.Generator, dtype: torch.dtype) -> None:
+    hidden, weight = random_head(rng, 300, 4096, 2000, dtype)
+    hidden, weight, head = hidden.to(DEVICE), weight.to(DEVICE), Epilogue.of(None, 1.3, 20.0)
+    groups = torch.arange(64, dtype=torch.int32, device=DEVICE).expand(300, 64)
+    again = regroup(hidden, weight, head, groups).view(300, 64, GROUP)
+    assert torch.equal(summarize_head(hidden, weight, head, Scale.of(1.0)).peaks, again.amax(2))
+
+
 def test_the_summary_of_a_head_is_that_of_its_logits(rng: torch.Generator) -> None:
     hidden, weight = whole_numbers(rng, 133, 6), whole_numbers(rng, 330, 6)
     bias = torch.zeros(330)

@@ -93,9 +93,17 @@ def test_cases_are_those_of_this_checkout() -> None:
 
 @needs_triton
 @pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
-@pytest.mark.parametrize("case", ["gemm-logits-bf16", "gemm-dweight-bf16-small"])
-def test_matrix_products_are_those_of_the_architecture(case: str, arch: int, instruction: str) -> None:
-    assert instruction in TritonJob("asyncopd.kernels.gemm", f"{case}-{arch}", arch).ptx()
+@pytest.mark.parametrize(
+    ("module", "case"),
+    [
+        ("gemm", "gemm-logits-bf16-{}"),
+        ("gemm", "gemm-dweight-bf16-small-{}"),
+        ("head_summary", "head-summary-bf16-{}"),
+        ("regroup", "regroup-bf16"),
+    ],
+)
+def test_matrix_products_are_those_of_the_architecture(module: str, case: str, arch: int, instruction: str) -> None:
+    assert instruction in TritonJob(f"asyncopd.kernels.{module}", case.format(arch), arch).ptx()
 
 
 # ---------------------------------------------------------------------------------------------------------- CUDA
