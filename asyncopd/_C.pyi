@@ -91,6 +91,7 @@ def cpu_sample_support(
 def cpu_linear_gather_logits(
     hidden: int,
     hidden_stride: int,
+    hidden_dtype: int,
     weight: int,
     weight_stride: int,
     dtype: int,
@@ -114,6 +115,7 @@ def cpu_linear_gather_logits_backward(
     logits: int,
     hidden: int,
     hidden_stride: int,
+    hidden_dtype: int,
     weight: int,
     weight_stride: int,
     dtype: int,
@@ -173,6 +175,24 @@ def cuda_gather_logprobs(
     vocab: int,
     num_ids: int,
     inv_temperature: float,
+    logprobs: int,
+    lse: int,
+    device: int,
+    stream: int,
+) -> int: ...
+def cuda_topk_parts(dtype: int, rows: int, vocab: int, k: int, multiprocessors: int) -> int: ...
+def cuda_topk_scratch_bytes(dtype: int, rows: int, vocab: int, k: int, parts: int) -> int: ...
+def cuda_topk_logprobs(
+    logits: int,
+    dtype: int,
+    row_stride: int,
+    rows: int,
+    vocab: int,
+    k: int,
+    inv_temperature: float,
+    parts: int,
+    scratch: int,
+    ids: int,
     logprobs: int,
     lse: int,
     device: int,

@@ -18,6 +18,13 @@ from asyncopd.ops import (
     topk_logprobs,
 )
 from asyncopd.support import AlignedRows, Draw, Support, TopK, align_rows
+from asyncopd.vocab_parallel import (
+    VocabShard,
+    vocab_parallel_linear_forward_kl,
+    vocab_parallel_linear_reverse_kl,
+    vocab_parallel_linear_topk_logprobs,
+    vocab_parallel_topk_logprobs,
+)
 
 __version__ = "0.1.0"
 
@@ -30,6 +37,7 @@ __all__ = [
     "LossMetrics",
     "Support",
     "TopK",
+    "VocabShard",
     "align_rows",
     "forward_kl",
     "gather_logprobs",
@@ -40,4 +48,8 @@ __all__ = [
     "reverse_kl",
     "sample_support",
     "topk_logprobs",
+    "vocab_parallel_linear_forward_kl",
+    "vocab_parallel_linear_reverse_kl",
+    "vocab_parallel_linear_topk_logprobs",
+    "vocab_parallel_topk_logprobs",
 ]

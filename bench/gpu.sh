@@ -19,7 +19,7 @@
 #   OUT              where it all goes (build/gpu)
 #   PYTHON           the interpreter (python3)
 #   WHEELS           a folder of wheels to install into the virtual environment first
-#   WORKERS          processes of pytest, where pytest-xdist is there (8)
+#   WORKERS          processes of pytest, where pytest-xdist is there (12)
 #   LIMIT_S          seconds for all steps together (570)
 #   ASYNCOPD_COMMIT  what the results are of, where the checkout has no .git
 # and for a rehearsal without a GPU (DEVICE=cpu SIZE=ci ONLY=kl BACKENDS=cpu TESTS=tests/ops/test_gather.py, say):
@@ -28,7 +28,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-export OUT=${OUT:-build/gpu} PYTHON=${PYTHON:-python3} WHEELS=${WHEELS:-} WORKERS=${WORKERS:-8} LIMIT_S=${LIMIT_S:-570}
+export OUT=${OUT:-build/gpu} PYTHON=${PYTHON:-python3} WHEELS=${WHEELS:-} WORKERS=${WORKERS:-12} LIMIT_S=${LIMIT_S:-570}
 export DEVICE=${DEVICE:-cuda} SIZE=${SIZE:-gpu} ONLY=${ONLY:-} BACKENDS=${BACKENDS:-triton cuda}
 export TESTS=${TESTS:-tests/ops tests/losses tests/backends}
 # Compiled kernels are what is tested and measured here, on the backend that a test or a benchmark asks for.

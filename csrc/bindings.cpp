@@ -12,6 +12,7 @@
 #include "cpu/support.h"
 #ifdef ASYNCOPD_WITH_CUDA
 #include "cuda/gather.h"
+#include "cuda/topk.h"
 #endif
 
 namespace py = pybind11;
@@ -65,26 +66,28 @@ int cpu_sample_support(uintptr_t logits, int dtype, int64_t row_stride, int64_t 
                                      pointer<float>(lse), threads, isa);
 }
 
-int cpu_linear_gather_logits(uintptr_t hidden, int64_t hidden_stride, uintptr_t weight, int64_t weight_stride,
-                             int dtype, uintptr_t bias, uintptr_t ids, int id_type, uintptr_t mask, int64_t rows,
-                             int64_t vocab, int64_t width, int64_t num_ids, double temperature, double logit_scale,
-                             double softcap, uintptr_t logits, int threads, int isa) {
-  return asyncopd_cpu_linear_gather_logits(pointer<void>(hidden), hidden_stride, pointer<void>(weight), weight_stride,
-                                           dtype, pointer<float>(bias), pointer<void>(ids), id_type,
+int cpu_linear_gather_logits(uintptr_t hidden, int64_t hidden_stride, int hidden_dtype, uintptr_t weight,
+                             int64_t weight_stride, int dtype, uintptr_t bias, uintptr_t ids, int id_type,
+                             uintptr_t mask, int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
+                             double temperature, double logit_scale, double softcap, uintptr_t logits, int threads,
+                             int isa) {
+  return asyncopd_cpu_linear_gather_logits(pointer<void>(hidden), hidden_stride, hidden_dtype, pointer<void>(weight),
+                                           weight_stride, dtype, pointer<float>(bias), pointer<void>(ids), id_type,
                                            pointer<uint8_t>(mask), rows, vocab, width, num_ids, temperature,
                                            logit_scale, softcap, pointer<float>(logits), threads, isa);
 }
 
 int cpu_linear_gather_logits_backward(uintptr_t grad, uintptr_t logits, uintptr_t hidden, int64_t hidden_stride,
-                                      uintptr_t weight, int64_t weight_stride, int dtype, uintptr_t ids, int id_type,
-                                      uintptr_t mask, int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
-                                      double temperature, double logit_scale, double softcap, uintptr_t dhidden,
-                                      uintptr_t dweight, uintptr_t dbias, int threads, int isa) {
+                                      int hidden_dtype, uintptr_t weight, int64_t weight_stride, int dtype,
+                                      uintptr_t ids, int id_type, uintptr_t mask, int64_t rows, int64_t vocab,
+                                      int64_t width, int64_t num_ids, double temperature, double logit_scale,
+                                      double softcap, uintptr_t dhidden, uintptr_t dweight, uintptr_t dbias,
+                                      int threads, int isa) {
   return asyncopd_cpu_linear_gather_logits_backward(
-      pointer<float>(grad), pointer<float>(logits), pointer<void>(hidden), hidden_stride, pointer<void>(weight),
-      weight_stride, dtype, pointer<void>(ids), id_type, pointer<uint8_t>(mask), rows, vocab, width, num_ids,
-      temperature, logit_scale, softcap, pointer<void>(dhidden), pointer<void>(dweight), pointer<float>(dbias), threads,
-      isa);
+      pointer<float>(grad), pointer<float>(logits), pointer<void>(hidden), hidden_stride, hidden_dtype,
+      pointer<void>(weight), weight_stride, dtype, pointer<void>(ids), id_type, pointer<uint8_t>(mask), rows, vocab,
+      width, num_ids, temperature, logit_scale, softcap, pointer<void>(dhidden), pointer<void>(dweight),
+      pointer<float>(dbias), threads, isa);
 }
 
 int cpu_kl_rows(uintptr_t student, uintptr_t teacher, uintptr_t log_weights, uintptr_t ids, int id_type, uintptr_t mask,
@@ -113,6 +116,14 @@ int cuda_gather_logprobs(uintptr_t logits, int dtype, int64_t row_stride, uintpt
   return asyncopd_cuda_gather_logprobs(pointer<void>(logits), dtype, row_stride, pointer<void>(ids), id_type, rows,
                                        vocab, num_ids, inv_temperature, pointer<float>(logprobs), pointer<float>(lse),
                                        device, pointer<void>(stream));
+}
+
+int cuda_topk_logprobs(uintptr_t logits, int dtype, int64_t row_stride, int64_t rows, int64_t vocab, int64_t k,
+                       double inv_temperature, int64_t parts, uintptr_t scratch, uintptr_t ids, uintptr_t logprobs,
+                       uintptr_t lse, int device, uintptr_t stream) {
+  return asyncopd_cuda_topk_logprobs(pointer<void>(logits), dtype, row_stride, rows, vocab, k, inv_temperature, parts,
+                                     pointer<void>(scratch), pointer<int64_t>(ids), pointer<float>(logprobs),
+                                     pointer<float>(lse), device, pointer<void>(stream));
 }
 #endif
 
@@ -155,16 +166,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("ids"), py::arg("log_weights"), py::arg("logprobs"), py::arg("lse"), py::arg("threads"),
         py::arg("isa") = -1);
   m.def("cpu_linear_gather_logits", &cpu_linear_gather_logits, py::call_guard<py::gil_scoped_release>(),
-        py::arg("hidden"), py::arg("hidden_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("dtype"),
-        py::arg("bias"), py::arg("ids"), py::arg("id_type"), py::arg("mask"), py::arg("rows"), py::arg("vocab"),
-        py::arg("width"), py::arg("num_ids"), py::arg("temperature"), py::arg("logit_scale"), py::arg("softcap"),
-        py::arg("logits"), py::arg("threads"), py::arg("isa") = -1);
+        py::arg("hidden"), py::arg("hidden_stride"), py::arg("hidden_dtype"), py::arg("weight"),
+        py::arg("weight_stride"), py::arg("dtype"), py::arg("bias"), py::arg("ids"), py::arg("id_type"),
+        py::arg("mask"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("num_ids"),
+        py::arg("temperature"), py::arg("logit_scale"), py::arg("softcap"), py::arg("logits"), py::arg("threads"),
+        py::arg("isa") = -1);
   m.def("cpu_linear_gather_logits_backward", &cpu_linear_gather_logits_backward,
         py::call_guard<py::gil_scoped_release>(), py::arg("grad"), py::arg("logits"), py::arg("hidden"),
-        py::arg("hidden_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("dtype"), py::arg("ids"),
-        py::arg("id_type"), py::arg("mask"), py::arg("rows"), py::arg("vocab"), py::arg("width"), py::arg("num_ids"),
-        py::arg("temperature"), py::arg("logit_scale"), py::arg("softcap"), py::arg("dhidden"), py::arg("dweight"),
-        py::arg("dbias"), py::arg("threads"), py::arg("isa") = -1);
+        py::arg("hidden_stride"), py::arg("hidden_dtype"), py::arg("weight"), py::arg("weight_stride"),
+        py::arg("dtype"), py::arg("ids"), py::arg("id_type"), py::arg("mask"), py::arg("rows"), py::arg("vocab"),
+        py::arg("width"), py::arg("num_ids"), py::arg("temperature"), py::arg("logit_scale"), py::arg("softcap"),
+        py::arg("dhidden"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("isa") = -1);
   m.def("cpu_kl_rows", &cpu_kl_rows, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("student"),
         py::arg("teacher"), py::arg("log_weights"), py::arg("ids"), py::arg("id_type"), py::arg("mask"),
         py::arg("proximal"), py::arg("rows"), py::arg("num_ids"), py::arg("divergence"), py::arg("tail"),
@@ -177,6 +189,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("dtype"), py::arg("row_stride"), py::arg("ids"), py::arg("id_type"), py::arg("rows"),
         py::arg("vocab"), py::arg("num_ids"), py::arg("inv_temperature"), py::arg("logprobs"), py::arg("lse"),
         py::arg("device"), py::arg("stream"));
+  m.def("cuda_topk_parts", &asyncopd_cuda_topk_parts, "Into how many parts to split rows, to fill a device.",
+        py::arg("dtype"), py::arg("rows"), py::arg("vocab"), py::arg("k"), py::arg("multiprocessors"));
+  m.def("cuda_topk_scratch_bytes", &asyncopd_cuda_topk_scratch_bytes, "Scratch that this many parts need.",
+        py::arg("dtype"), py::arg("rows"), py::arg("vocab"), py::arg("k"), py::arg("parts"));
+  m.def("cuda_topk_logprobs", &cuda_topk_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),
+        py::arg("dtype"), py::arg("row_stride"), py::arg("rows"), py::arg("vocab"), py::arg("k"),
+        py::arg("inv_temperature"), py::arg("parts"), py::arg("scratch"), py::arg("ids"), py::arg("logprobs"),
+        py::arg("lse"), py::arg("device"), py::arg("stream"));
 #else
   m.attr("cuda") = false;
 #endif

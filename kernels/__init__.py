@@ -13,13 +13,33 @@ import torch
 
 if importlib.util.find_spec("triton") is not None:
     from asyncopd.kernels.gather import gather_logprobs, gather_logprobs_backward
+    from asyncopd.kernels.head import linear_gather_logprobs, linear_gather_logprobs_backward, linear_logsumexp
+    from asyncopd.kernels.head_loss import linear_kl
+    from asyncopd.kernels.kl import kl_rows
+    from asyncopd.kernels.linear_topk import linear_topk_logprobs
     from asyncopd.kernels.sample import sample_support
+    from asyncopd.kernels.scale import scale_gradient_
+    from asyncopd.kernels.sparse_head import (
+        linear_gather_logits,
+        linear_gather_logits_backward,
+        linear_gather_logits_backward_into,
+    )
     from asyncopd.kernels.topk import topk_logprobs
 
     __all__ = [
         "gather_logprobs",
         "gather_logprobs_backward",
+        "kl_rows",
+        "linear_gather_logits",
+        "linear_gather_logits_backward",
+        "linear_gather_logits_backward_into",
+        "linear_gather_logprobs",
+        "linear_gather_logprobs_backward",
+        "linear_kl",
+        "linear_logsumexp",
+        "linear_topk_logprobs",
         "sample_support",
+        "scale_gradient_",
         "topk_logprobs",
         "unavailable_reason",
     ]

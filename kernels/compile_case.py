@@ -11,6 +11,7 @@ class CompileCase:
     signature: argument name -> Triton type ("*bf16", "i64", "fp32", "constexpr"), in the kernel's order.
     divisible: arguments that are multiples of 16 at these shapes, as the launcher would find out.
     max_registers: per thread; more would cost occupancy that the kernel was designed for.
+    archs: where these block sizes are used, of sm_80, 90 and 100.
     """
 
     name: str
@@ -21,3 +22,4 @@ class CompileCase:
     max_registers: int
     num_stages: int = 3
     divisible: tuple[str, ...] = field(default=())
+    archs: tuple[int, ...] = (80, 90, 100)

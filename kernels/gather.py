@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncopd.backends.reference.rows import check_ids_in_range
+from asyncopd.backends.reference.rows import PAD, check_ids_in_range
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import INTERPRET, Scale, check_ids, check_logits, on_device, padded
 from asyncopd.kernels.numeric import INF, LOG2E, NAN, log_ratio, logsumexp_of, row_logsumexp, to_storage
@@ -27,7 +27,7 @@ RIVALS = 8  # ids compared with at a time
 
 @triton.jit
 def _gather_kernel(
-    logits,  # [N, V], unit column stride
+    logits,  # [N, V], unit column stride; [N, K], those at the ids, where GATHERED
     ids,  # [N, K] int32 or int64
     tile_peaks,  # [N, tiles] fp32
     tile_sums,  # [N, tiles] fp32
@@ -42,6 +42,7 @@ def _gather_kernel(
     t_low,
     scale,
     scale_low,
+    GATHERED: tl.constexpr,
     IDS: tl.constexpr,
     TILES: tl.constexpr,
     SHIFT: tl.constexpr,
@@ -54,7 +55,8 @@ def _gather_kernel(
     at = block * IDS + tl.arange(0, IDS)
     token = tl.load(row_start(ids, row, k) + at, mask=at < k, other=-1)
     inside = (token >= 0) & (token < vocab)
-    z = tl.load(row_start(logits, row, row_stride) + token, mask=inside, other=0.0).to(tl.float32)
+    place = at if GATHERED else token
+    z = tl.load(row_start(logits, row, row_stride) + place, mask=inside, other=0.0).to(tl.float32)
     out = log_ratio(z, top, log_high, log_low, t, t_low)
     # A device cannot refuse an id; it is not read, and shows.
     out = tl.where(token == -1, -INF, tl.where(inside, out, NAN))
@@ -64,7 +66,7 @@ def _gather_kernel(
 
 
 @triton.jit
-def _softmax_term(z, lse, total, t):
+def softmax_term(z, lse, total, t):
     """-total softmax / T. A row whose gradients sum to zero, or that has no mass, never multiplies its softmax."""
     probability = tl.exp2(tl.fma(z, t, -lse) * LOG2E)
     probability = tl.where((total == 0.0) | (lse == -INF), 0.0, probability)
@@ -92,12 +94,24 @@ def _fill_kernel(
     # As in the summary: a mask would cost whole tiles their wide accesses.
     if tile * TILE + TILE <= vocab:
         z = tl.load(base + column).to(tl.float32)
-        value = _softmax_term(z, row_lse, total, t)
+        value = softmax_term(z, row_lse, total, t)
         tl.store(to + column, to_storage(value, out.dtype.element_ty, INTERPRET))
     else:
         z = tl.load(base + column, mask=column < vocab, other=-INF).to(tl.float32)
-        value = _softmax_term(z, row_lse, total, t)
+        value = softmax_term(z, row_lse, total, t)
         tl.store(to + column, to_storage(value, out.dtype.element_ty, INTERPRET), mask=column < vocab)
+
+
+@triton.jit
+def sum_over_equal_ids(row_ids, row_grad, token, k, IDS: tl.constexpr, RIVALS: tl.constexpr):
+    """For each token [IDS] the sum of the row's gradients [k] at ids equal to it, in the order of k."""
+    total = tl.zeros([IDS], tl.float32)
+    for start in range(0, tl.cdiv(k, RIVALS) * RIVALS, RIVALS):
+        at = start + tl.arange(0, RIVALS)
+        rival = tl.load(row_ids + at, mask=at < k, other=-1)
+        grad = tl.load(row_grad + at, mask=at < k, other=0.0)
+        total += tl.sum(tl.where(token[:, None] == rival[None, :], grad[None, :], 0.0), axis=1)
+    return total
 
 
 @triton.jit
@@ -123,16 +137,10 @@ def _scatter_kernel(
     at = block * IDS + tl.arange(0, IDS)
     token = tl.load(row_ids + at, mask=at < k, other=-1)
     inside = (token >= 0) & (token < vocab)
-    sum_of_grads = tl.zeros([IDS], tl.float32)
-    for start in range(0, tl.cdiv(k, RIVALS) * RIVALS, RIVALS):
-        rival_at = start + tl.arange(0, RIVALS)
-        rival = tl.load(row_ids + rival_at, mask=rival_at < k, other=-1)
-        rival_grad = tl.load(row_grad + rival_at, mask=rival_at < k, other=0.0)
-        same = token[:, None] == rival[None, :]
-        sum_of_grads += tl.sum(tl.where(same, rival_grad[None, :], 0.0), axis=1)
+    sum_of_grads = sum_over_equal_ids(row_ids, row_grad, token, k, IDS, RIVALS)
     # Equal ids all write, and write the same: each added all the gradients in the same order.
     z = tl.load(row_start(logits, row, row_stride) + token, mask=inside, other=0.0).to(tl.float32)
-    value = tl.fma(sum_of_grads, t, _softmax_term(z, tl.load(lse + row), tl.load(totals + row), t))
+    value = tl.fma(sum_of_grads, t, softmax_term(z, tl.load(lse + row), tl.load(totals + row), t))
     value = to_storage(value, out.dtype.element_ty, INTERPRET)
     tl.store(row_start(out, row, out_stride) + token, value, mask=inside)
 
@@ -143,10 +151,22 @@ def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Te
     An id outside [-1, V) gives NaN on a device, where nothing can be raised without synchronising.
     """
     logits, ids = check_logits(logits, temperature), check_ids(ids, logits)
-    (rows, vocab), k = logits.shape, ids.shape[1]
+    vocab = logits.shape[1]
     check_ids_in_range(ids, vocab)
     scale = Scale.of(temperature)
     summary = summarize(logits, scale, peaks=False, sums=False)
+    return logprobs_at(logits, ids, summary.tile_peaks, summary.tile_sums, vocab, scale, gathered=False)
+
+
+def logprobs_at(
+    logits: Tensor, ids: Tensor, tile_peaks: Tensor, tile_sums: Tensor, vocab: int, scale: Scale, *, gathered: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [N, K] at contiguous ids [N, K], and LSE [N], from tiles [N, j] of a row summary.
+
+    logits: [N, V], or those at the ids [N, K] if they have been `gathered`.
+    """
+    rows, k = ids.shape
+    tiles = tile_peaks.shape[1]
     logprobs = torch.empty((rows, k), dtype=torch.float32, device=logits.device)
     lse = torch.empty(rows, dtype=torch.float32, device=logits.device)
     blocks = max(1, triton.cdiv(k, IDS))
@@ -155,18 +175,19 @@ def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Te
             _gather_kernel[(rows * blocks,)](
                 logits,
                 ids,
-                summary.tile_peaks,
-                summary.tile_sums,
+                tile_peaks,
+                tile_sums,
                 logprobs,
                 lse,
                 logits.stride(0),
                 vocab,
-                summary.tiles,
+                tiles,
                 k,
                 blocks,
                 *scale,
+                gathered,
                 IDS,
-                padded(summary.tiles, 1),
+                padded(tiles, 1),
                 shift_of(vocab),
                 num_warps=4,
             )
@@ -182,7 +203,7 @@ def gather_logprobs_backward(grad: Tensor, logits: Tensor, lse: Tensor, ids: Ten
     if grad.shape != ids.shape or lse.shape != (rows,):
         raise ValueError(f"grad, lse: got {list(grad.shape)}, {list(lse.shape)}, expected {list(ids.shape)}, [{rows}]")
     grad, lse = grad.float().contiguous(), lse.float().contiguous()
-    totals = grad.masked_fill(ids < 0, 0.0).sum(dim=1)
+    totals = grad.masked_fill(ids == PAD, 0.0).sum(dim=1)
     out = dlogits if dlogits.stride(1) == 1 else torch.empty((rows, vocab), dtype=logits.dtype, device=logits.device)
     t = Scale.of(temperature).t
     tiles, blocks = triton.cdiv(vocab, TILE), triton.cdiv(k, IDS)
@@ -227,9 +248,9 @@ def compile_cases() -> list[CompileCase]:
                 **dict.fromkeys(("tile_peaks", "tile_sums", "logprobs", "lse"), "*fp32"),
                 **dict.fromkeys(("row_stride", "vocab", "tiles", "k", "blocks"), "i32"),
                 **dict.fromkeys(("t", "t_low", "scale", "scale_low"), "fp32"),
-                **dict.fromkeys(("IDS", "TILES", "SHIFT"), "constexpr"),
+                **dict.fromkeys(("GATHERED", "IDS", "TILES", "SHIFT"), "constexpr"),
             },
-            constexprs={"IDS": IDS, "TILES": padded(tiles, 1), "SHIFT": shift_of(vocab)},
+            constexprs={"GATHERED": False, "IDS": IDS, "TILES": padded(tiles, 1), "SHIFT": shift_of(vocab)},
             num_warps=4,
             max_registers=40,
             divisible=("logits", "ids", "tile_peaks", "tile_sums", "logprobs", "lse", "row_stride", "vocab"),

@@ -10,6 +10,7 @@ import triton.language as tl
 INF = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # what fp32 leaves of it
 LN2 = tl.constexpr(0.6931471805599453)
 # log(2) in 17 bits, so that its product with an exponent is exact, and the rest.
 LN2_HIGH = tl.constexpr(0.693145751953125)
@@ -74,6 +75,15 @@ def exp_scaled(x, scale, scale_low):  # fp32 x <= 0, scale + scale_low = log2(e)
     low = tl.fma(x, scale_low, low)
     # Where the power is -inf or nearly so, `low` may be NaN.
     return tl.where(power < -150.0, 0.0, tl.exp2(power) * tl.fma(low, LN2, 1.0))
+
+
+@triton.jit
+def exp_precise(x):  # fp32
+    """exp(x) to a few 1e-7 of itself for x of either sign; 0, inf and NaN where it is that."""
+    power, low = product_pair(x, LOG2E)
+    low = tl.fma(x, LOG2E_LOW, low)
+    # Out of range `low` may be NaN; what rounds a power that large is of no account.
+    return tl.exp2(power) * tl.where(tl.abs(power) < 150.0, tl.fma(low, LN2, 1.0), 1.0)
 
 
 @triton.jit

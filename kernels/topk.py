@@ -228,29 +228,40 @@ class Blocks(NamedTuple):
         return cls(K, chunk, min(K, max(1, num_warps * 32 * COMPARES // K)), num_warps)
 
 
+def choose_groups(peaks: Tensor, groups: int, k: int) -> Tensor:
+    """peaks [N, groups or more] -> int32 [N, work_size]: each row begins with its min(k, groups) best, ascending."""
+    rows = peaks.shape[0]
+    size, bound = work_size(k)
+    work = torch.empty((rows, size), dtype=torch.int32, device=peaks.device)
+    block = padded(groups, 64)
+    if rows:
+        with on_device(peaks):
+            _groups_kernel[(rows,)](
+                peaks, work, peaks.stride(0), size, groups, k, block, bound, num_warps=warps_for(block, 16)
+            )
+    return work
+
+
 def launch_topk(
-    logits: Tensor, summary: Summary, k: int, scale: Scale, ids: Tensor, logprobs: Tensor, lse: Tensor
+    logits: Tensor,
+    summary: Summary,
+    k: int,
+    scale: Scale,
+    ids: Tensor,
+    logprobs: Tensor,
+    lse: Tensor,
+    columns: int | None = None,
 ) -> None:
-    """Writes the first k columns of ids and logprobs [N, k or more], and lse [N]."""
+    """Writes the first k columns of ids and logprobs [N, k or more], and lse [N].
+
+    columns: how many the tiles' sums are of, where the logits are but some of the row's.
+    """
     rows, vocab = logits.shape
     if rows == 0:
         return
     groups, blocks = count_groups(vocab), Blocks.of(k)
-    size, bound = work_size(k)
-    work = torch.empty((rows, size), dtype=torch.int32, device=logits.device)
-    block = padded(groups, 64)
+    work = choose_groups(summary.peaks, groups, k)
     with on_device(logits):
-        _groups_kernel[(rows,)](
-            summary.peaks,
-            work,
-            summary.peaks.stride(0),
-            work.stride(0),
-            groups,
-            k,
-            block,
-            bound,
-            num_warps=warps_for(block, 16),
-        )
         for find_subs, find_top in blocks.steps():
             _topk_kernel[(rows,)](
                 logits,
@@ -274,7 +285,7 @@ def launch_topk(
                 blocks.K,
                 blocks.CHUNK,
                 blocks.RIVALS,
-                shift_of(vocab),
+                shift_of(vocab if columns is None else columns),
                 find_subs,
                 find_top,
                 num_warps=blocks.num_warps,

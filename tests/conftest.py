@@ -7,20 +7,13 @@ of them does not get the test.
 
 import pytest
 import torch
-from each_backend import Backend
+from each_backend import Backend, runs
 
 from asyncopd import backends
 
 
-def _runs(name: str) -> bool:
-    try:
-        return backends.unavailable_reason(name) is None
-    except ImportError:
-        return False
-
-
 def _engines(ops: set[str]) -> list[str]:
-    native = [name for name in backends.BACKENDS if name != "reference" and _runs(name)]
+    native = [name for name in backends.BACKENDS if name != "reference" and runs(name)]
     whole = [name for name in native if all(backends.has_op(name, op) for op in ops)]
     mixed = any(backends.has_op(name, op) for name in native for op in ops) and not whole
     return ["reference", *whole, *(["auto"] if mixed else [])]
@@ -28,6 +21,12 @@ def _engines(ops: set[str]) -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops(*names): the ops of asyncopd.backends that a test runs")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Processes that share the tests out (pytest-xdist) have to agree on their names.
+    addresses = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    assert not addresses, f"names with an address in them, give ids=label: {addresses[:3]}"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

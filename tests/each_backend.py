@@ -6,10 +6,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from asyncopd import backends
+
 # Triton's interpreter takes CPU tensors.
 DEVICES = {"triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "cuda": "cuda"}
 # fp64: rounding of a few hundred terms. fp32: the same, 2^29 times larger, seen through one exp and one log.
 TOLERANCES = {torch.float64: (1e-10, 1e-12), torch.float32: (3e-5, 3e-6)}
+
+
+def label(value: object) -> str:
+    """A parameter in a test's name, the same in every process: a function's address is not."""
+    return getattr(value, "__name__", str(value))
+
+
+def runs(name: str) -> bool:
+    """Whether a backend can run on this machine at all."""
+    try:
+        return backends.unavailable_reason(name) is None
+    except ImportError:
+        return False
 
 
 @dataclass(frozen=True)

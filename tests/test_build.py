@@ -19,7 +19,7 @@ def test_extension_is_built_and_has_a_baseline() -> None:
     assert cpu.unavailable_reason() is None
     assert _C.cpu_isas()[0] == "baseline"
     assert isinstance(_C.openmp, bool)
-    assert hasattr(_C, "cuda_gather_logprobs") == _C.cuda
+    assert hasattr(_C, "cuda_gather_logprobs") == hasattr(_C, "cuda_topk_logprobs") == _C.cuda
 
 
 def test_backends_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +37,8 @@ def test_backends_say_why_they_cannot_run(monkeypatch: pytest.MonkeyPatch) -> No
 def test_cuda_backend_refuses_other_devices() -> None:
     with pytest.raises(ValueError, match="logits: got device cpu"):
         cuda.gather_logprobs(torch.zeros(1, 2), torch.zeros(1, 1, dtype=torch.int64), 1.0)
+    with pytest.raises(ValueError, match="logits: got device cpu"):
+        cuda.topk_logprobs(torch.zeros(1, 2), 1, 1.0)
 
 
 def test_version_is_the_distributions() -> None:

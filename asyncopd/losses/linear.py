@@ -23,7 +23,7 @@ from asyncopd.losses.reduce import check_reduction, denominator, reduce_rows
 from asyncopd.ops import checks
 from asyncopd.ops.gather import gather_from_head
 from asyncopd.ops.head import prepare_head
-from asyncopd.ops.linear_kl import linear_kl
+from asyncopd.ops.linear_kl import loss_and_metrics
 from asyncopd.support import Support
 
 
@@ -118,7 +118,7 @@ def _linear_kl(
 ) -> Any:
     check_reduction(reduction, num_items)
     mask = checks.check_mask(mask, hidden, "hidden")
-    work = _head_work(spec)
+    work = head_work(spec)
     leaves = (hidden, weight) if bias is None else (hidden, weight, bias)
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
     # M2PO's threshold depends on all rows, so no row's gradient is known before every row's score is.
@@ -133,7 +133,7 @@ def _linear_kl(
     return (loss, metrics) if spec.metrics else loss
 
 
-def _head_work(spec: LossSpec) -> str:
+def head_work(spec: LossSpec) -> str:
     """Which of the three kinds above, as `gather_from_head` calls them: "logits", "centred" or "logprobs"."""
     if spec.normalize == "sampled":
         return "logits"
@@ -162,7 +162,7 @@ def _with_gradients(
     if not isinstance(divisor, Tensor):
         dtype = compute_dtype(hidden, support.teacher_logprobs)
         divisor = torch.full((), divisor, dtype=dtype, device=hidden.device)
-    loss, metrics, *_ = linear_kl(
+    loss, metrics = loss_and_metrics(
         hidden,
         weight,
         bias,

@@ -93,6 +93,14 @@ def _(
     )
 
 
+def loss_and_metrics(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`linear_kl` without its gradients: they are the backward's alone, which may scale them in place."""
+    loss, metrics, *_ = linear_kl(*arguments)
+    if not torch.compiler.is_compiling() and loss.grad_fn is not None:
+        loss.grad_fn.owns_gradients = True  # the context that `_gradient` is given
+    return loss, metrics
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     tensors, ctx.rest = inputs[:9], inputs[9:]
     # Kept by the context itself, so that the backward can hand them out without a copy: dW is as large as the head.
@@ -108,19 +116,21 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:  # a second backward through a graph that was retained
         gradients = linear_kl(*ctx.saved_tensors, *ctx.rest)[2:]
-    scaled = [_times(gradient, grad) if gradient.numel() else gradient for gradient in gradients]
+    owned = getattr(ctx, "owns_gradients", False)
+    scaled = [_times(gradient, grad, in_place=owned) if gradient.numel() else gradient for gradient in gradients]
     dhidden, dweight, dbias = (
         gradient if needed else None for gradient, needed in zip(scaled, ctx.needs_input_grad[:3], strict=True)
     )
     return dhidden, dweight, dbias, *(None,) * (6 + len(ctx.rest))
 
 
-def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+def _times(gradient: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
     """gradient * factor. A loss that the caller dropped (factor 0) has gradient 0 even where it is NaN."""
-    # On a CPU reading a number costs nothing, while a copy of dW does. (While tracing it is no plain tensor.)
-    if type(factor) is Tensor and factor.device.type == "cpu" and factor.item() == 1.0:
-        return gradient
-    return torch.where(factor == 0, 0.0, gradient * factor).to(gradient.dtype)
+    if not in_place or type(factor) is not Tensor or factor.device.type == "meta":  # others are what tracing gives
+        return torch.where(factor == 0, 0.0, gradient * factor).to(gradient.dtype)
+    # dW is as large as the head: no second one.
+    select("scale_gradient_", gradient.device, gradient.dtype)(gradient, factor)
+    return gradient
 
 
 linear_kl.register_autograd(_gradient, setup_context=_save)

@@ -27,6 +27,9 @@ class TritonJob:
     case: str
     arch: int
 
+    def ptx(self) -> str:
+        return str(_compile(_cases(_import(self.module))[self.case], self.arch).asm["ptx"])
+
     def run(self) -> tuple[list[Kernel], float]:
         """The kernel, and the seconds that compiling took (near 0 where Triton has it in its cache)."""
         source = _import(self.module)
@@ -105,7 +108,8 @@ def _launched(source: str) -> set[str]:
 
 def jobs(module_names: list[str] | None = None, archs: tuple[int, ...] = ARCHS) -> list[TritonJob]:
     names = modules() if module_names is None else module_names
-    return [TritonJob(name, case, arch) for name in names for case in _cases(_import(name)) for arch in archs]
+    cases = [(name, case) for name in names for case in _cases(_import(name)).values()]
+    return [TritonJob(name, case.name, arch) for name, case in cases for arch in archs if arch in case.archs]
 
 
 def _compile(case: Any, arch: int) -> Any:

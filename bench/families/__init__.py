@@ -27,7 +27,8 @@ def providers_on(device_type: str, family: FamilyName) -> tuple[Provider, ...]:
     about = FAMILIES[family]
     if device_type != "cuda":
         return about.providers
-    forced = tuple(on_backend(about.provider(OURS), backend) for backend in GPU_BACKENDS)
+    ours = [provider for provider in about.providers if provider.name.startswith(OURS)]
+    forced = tuple(on_backend(provider, backend) for provider in ours for backend in GPU_BACKENDS)
     return (*about.providers, *forced, *PEERS.get(family, ()))
 
 

@@ -37,6 +37,8 @@ int asyncopd_cpu_gather_tile(const float* logits, int64_t row_stride, const int6
 //   dlogits[n, v] = (sum over k with ids[n, k] = v of g[n, k]  -  (sum_k g[n, k]) exp(logits[n, v] t - lse[n])) t
 //
 // grad      [rows, num_ids] float32, contiguous
+// ids       as above, or -2: held by another shard of the vocabulary, which counts in sum_k and is no column; lse is
+//           then that of the whole vocabulary
 // dlogits   [rows, columns] dtype, row stride `out_stride`; may be the logits themselves
 //
 // A row whose gradients sum to exactly 0 does not look at its logits; where lse is -inf, exp(..) is 0. Sums are fp64,
@@ -44,6 +46,7 @@ int asyncopd_cpu_gather_tile(const float* logits, int64_t row_stride, const int6
 // of range is left alone.
 int asyncopd_cpu_gather_logprobs_backward(const float* grad, const void* logits, int dtype, int64_t row_stride,
                                           const float* lse, const void* ids, int id_type, int64_t rows, int64_t first,
-                                          int64_t columns, int64_t vocab, int64_t num_ids, double inv_temperature, void* dlogits, int64_t out_stride,
+                                          int64_t columns, int64_t vocab, int64_t num_ids, double inv_temperature,
+                                          void* dlogits, int64_t out_stride,
                                           int threads, int isa);
 }

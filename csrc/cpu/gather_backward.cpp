@@ -47,7 +47,8 @@ using namespace asyncopd;
 
 int asyncopd_cpu_gather_logprobs_backward(const float* grad, const void* logits, int dtype, int64_t row_stride,
                                           const float* lse, const void* ids, int id_type, int64_t rows, int64_t first,
-                                          int64_t columns, int64_t vocab, int64_t num_ids, double inv_temperature, void* dlogits, int64_t out_stride,
+                                          int64_t columns, int64_t vocab, int64_t num_ids, double inv_temperature,
+                                          void* dlogits, int64_t out_stride,
                                           int threads, int isa) {
   isa = resolve_isa(isa);
   if (isa < 0 || (id_type != kInt32 && id_type != kInt64)) return kBadArgument;

@@ -31,7 +31,7 @@ void fill_row(const typename Type::Storage* logits, int64_t vocab, const Row& ro
   for (int v = 0; v < width; ++v) out[start + v] = Type::store(block[v]);
 }
 
-// Columns [first, first + columns) of a row. Returns false when an id lies outside [-1, vocab).
+// Columns [first, first + columns) of a row. Returns false when an id lies outside [kElsewhere, vocab).
 template <typename Type, typename Id>
 bool backward_row(const float* grad, const typename Type::Storage* logits, double lse, const Id* ids, int64_t first,
                   int64_t columns, int64_t vocab, int64_t num_ids, const Scale& scale, const Workspace& work,
@@ -40,9 +40,10 @@ bool backward_row(const float* grad, const typename Type::Storage* logits, doubl
   int64_t n = 0;
   for (int64_t k = 0; k < num_ids; ++k) {
     const int64_t id = ids[k];
-    if (id < -1 || id >= vocab) return false;
-    if (id == -1) continue;
+    if (id < kElsewhere || id >= vocab) return false;
+    if (id == kPad) continue;
     total += grad[k];
+    // Below `first`, as kElsewhere always is, the difference wraps to a number beyond all columns.
     const uint64_t column = static_cast<uint64_t>(id - first);
     if (column >= static_cast<uint64_t>(columns)) continue;
     work.logits[k] = Type::load(logits[column]);  // now, because out may be the logits
@@ -85,7 +86,8 @@ bool backward_rows(const Problem& problem, const Workspace& work, int64_t begin,
   bool valid = true;
   for (int64_t n = begin; n < end; ++n) {
     valid &= backward_row<Type>(problem.grad + n * problem.num_ids, logits + n * problem.row_stride, problem.lse[n],
-                                ids + n * problem.num_ids, problem.first, problem.columns, problem.vocab, problem.num_ids, scale, work,
+                                ids + n * problem.num_ids, problem.first, problem.columns, problem.vocab,
+                                problem.num_ids, scale, work,
                                 out + n * problem.out_stride);
   }
   return valid;

@@ -11,6 +11,7 @@
 #include <memory>
 
 #include "isa.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace asyncopd {
@@ -56,8 +57,8 @@ struct Workspace {
   uint32_t* ids;  // [num_ids, rounded up to 4]: those that are no pads
 };
 
-// What one instruction set runs for a dtype and id type. Rows [begin, end), or ids [begin, end) for the last; false
-// when an id is out of range.
+// What one instruction set runs for the dtypes of weight and hidden states and an id type. Rows [begin, end), or ids
+// [begin, end) for the last; false when an id is out of range.
 struct Kernels {
   bool (*forward)(const Problem&, const float* bias, float* logits, const Workspace&, int64_t begin, int64_t end);
   bool (*hidden_gradient)(const Problem&, const Gradient&, int64_t begin, int64_t end);
@@ -68,11 +69,11 @@ struct Kernels {
 #include "each_isa.h"
 
 // Kernels without functions if they cannot run.
-Kernels find_kernels(int dtype, int id_type, int64_t rows, int64_t vocab, int isa) {
+Kernels find_kernels(int dtype, int hidden_dtype, int id_type, int64_t rows, int64_t vocab, int isa) {
   isa = resolve_isa(isa);
   constexpr int64_t kTooMany = int64_t{1} << 32;  // a Term's row
   if (isa < 0 || (id_type != kInt32 && id_type != kInt64) || rows >= kTooMany || vocab >= kTooMany) return Kernels{};
-  return kSelect[isa](dtype, id_type);
+  return kSelect[isa](dtype, hidden_dtype, id_type);
 }
 
 // A counting sort: it is stable, and its counts are the offsets that are needed anyway. One thread: with V = 151,936
@@ -105,8 +106,8 @@ void bias_gradient(const Entries& entries, int64_t vocab, float* dbias) {
   }
 }
 
-// Calls body(begin, end) on ranges of ids: 4 MiB of gradient each where there are enough of them, since where the system
-// hands out huge pages by itself, threads whose first writes meet in one would both wait for it.
+// Calls body(begin, end) on ranges of ids: 4 MiB of gradient each where there are enough of them, two huge pages, since
+// threads whose first writes meet in one would both clear it.
 template <typename Body>
 void parallel_ids(int64_t vocab, int64_t row_bytes, int threads, const Body& body) {
   constexpr int64_t kRangeBytes = int64_t{4} << 20;
@@ -123,12 +124,12 @@ void parallel_ids(int64_t vocab, int64_t row_bytes, int threads, const Body& bod
 
 using namespace asyncopd;
 
-int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride, const void* weight,
+int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride, int hidden_dtype, const void* weight,
                                       int64_t weight_stride, int dtype, const float* bias, const void* ids, int id_type,
                                       const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
                                       double temperature, double logit_scale, double softcap, float* logits,
                                       int threads, int isa) {
-  const Kernels kernels = find_kernels(dtype, id_type, rows, vocab, isa);
+  const Kernels kernels = find_kernels(dtype, hidden_dtype, id_type, rows, vocab, isa);
   if (kernels.forward == nullptr) return kBadArgument;
   const Problem problem{hidden, weight, ids,     mask,        hidden_stride, weight_stride,
                         vocab,  width,  num_ids, temperature, logit_scale,   softcap};
@@ -145,12 +146,12 @@ int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride,
 }
 
 int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* logits, const void* hidden,
-                                               int64_t hidden_stride, const void* weight, int64_t weight_stride,
-                                               int dtype, const void* ids, int id_type, const uint8_t* mask,
-                                               int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
-                                               double temperature, double logit_scale, double softcap, void* dhidden,
-                                               void* dweight, float* dbias, int threads, int isa) {
-  const Kernels kernels = find_kernels(dtype, id_type, rows, vocab, isa);
+                                               int64_t hidden_stride, int hidden_dtype, const void* weight,
+                                               int64_t weight_stride, int dtype, const void* ids, int id_type,
+                                               const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width,
+                                               int64_t num_ids, double temperature, double logit_scale, double softcap,
+                                               void* dhidden, void* dweight, float* dbias, int threads, int isa) {
+  const Kernels kernels = find_kernels(dtype, hidden_dtype, id_type, rows, vocab, isa);
   if (kernels.forward == nullptr) return kBadArgument;
   const Problem problem{hidden, weight, ids,     mask,        hidden_stride, weight_stride,
                         vocab,  width,  num_ids, temperature, logit_scale,   softcap};
@@ -171,6 +172,7 @@ int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* l
   if (dbias != nullptr) bias_gradient(entries, vocab, dbias);
   if (dweight != nullptr) {
     const int64_t row_bytes = width * (dtype == kFloat32 ? 4 : 2);
+    advise_huge_pages(dweight, vocab * row_bytes);
     parallel_ids(vocab, row_bytes, threads, [&](int64_t begin, int64_t end) {
       kernels.weight_gradient(problem, entries, dweight, begin, end);
     });

@@ -11,7 +11,8 @@ extern "C" {
 // With s = logit_scale, T = temperature, and softcap(y) = c tanh(y / c), or y where softcap is 0:
 //   logits[n, k] = softcap(s (sum_h hidden[n, h] weight[v, h] + bias[v])) / T,    v = ids[n, k]
 //
-// hidden   [rows, width]   dtype, row stride `hidden_stride` elements (any sign), unit stride inside a row
+// hidden   [rows, width]   hidden_dtype, which is dtype or float32; row stride `hidden_stride` elements (any sign),
+//                          unit stride inside a row
 // weight   [vocab, width]  dtype, row stride `weight_stride`, likewise
 // bias     [vocab]         float32, or null
 // ids      [rows, num_ids] id_type, contiguous; -1 is a pad (logit -inf)
@@ -23,7 +24,7 @@ extern "C" {
 // Products are summed in fp32 inside a block of columns and in fp64 across blocks; the rest is fp64, rounded once.
 // Returns kOk, kBadId (an id outside [-1, vocab), in a masked row as well: nothing outside the weight was read) or
 // kBadArgument (unknown dtype or id type, 2^32 rows or ids, or an instruction set that this machine lacks).
-int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride, const void* weight,
+int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride, int hidden_dtype, const void* weight,
                                       int64_t weight_stride, int dtype, const float* bias, const void* ids, int id_type,
                                       const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
                                       double temperature, double logit_scale, double softcap, float* logits,
@@ -36,17 +37,17 @@ int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride,
 // A row takes part if the mask lets it and any of its gradients is not 0; of any other nothing but its ids is read.
 //
 // grad, logits [rows, num_ids] float32, contiguous
-// dhidden      [rows, width]   dtype, contiguous; every row is written
+// dhidden      [rows, width]   hidden_dtype, contiguous; every row is written
 // dweight      [vocab, width]  dtype, contiguous, or null; every row is written, and is exactly 0 where no id names it
 // dbias        [vocab]         float32, or null; every element is written
 //
-// Sums are taken in the order of the entries and rounded to dtype once: in fp32 inside a run of them and in fp64 across
+// Sums are taken in the order of the entries and rounded once: in fp32 inside a run of them and in fp64 across
 // runs; dbias in fp64.
 // Returns as above; after kBadId the outputs hold nothing of use.
 int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* logits, const void* hidden,
-                                               int64_t hidden_stride, const void* weight, int64_t weight_stride,
-                                               int dtype, const void* ids, int id_type, const uint8_t* mask,
-                                               int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
-                                               double temperature, double logit_scale, double softcap, void* dhidden,
-                                               void* dweight, float* dbias, int threads, int isa);
+                                               int64_t hidden_stride, int hidden_dtype, const void* weight,
+                                               int64_t weight_stride, int dtype, const void* ids, int id_type,
+                                               const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width,
+                                               int64_t num_ids, double temperature, double logit_scale, double softcap,
+                                               void* dhidden, void* dweight, float* dbias, int threads, int isa);
 }

@@ -51,6 +51,18 @@ def test_a_real_vocabulary(dtype: torch.dtype, isa: int) -> None:
     assert_matches(*random_case(2, 151_936, 64, dtype), isa=isa)
 
 
+def test_ids_of_another_shard(isa: int) -> None:
+    """-2 counts in the sum and is scattered nowhere, in a row of which no id is held here as well."""
+    grad, logits, ids = random_case(6, 1300, 9)
+    ids[:, ::2] = -2
+    ids[5] = -2
+    for id_type in (torch.int32, torch.int64):
+        dlogits = assert_matches(grad, logits, ids.to(id_type), 0.7, isa=isa)
+        assert dlogits[5].abs().sum() > 0
+    with pytest.raises(ValueError, match="ids"):
+        backward(grad, logits, logits.logsumexp(1), ids - 1, 0.7, isa=isa)
+
+
 def test_small_gradients_have_relative_accuracy(isa: int) -> None:
     grad, logits, ids = random_case(4, 3000, 3)
     lse = torch.logsumexp(logits.double(), dim=1)

@@ -1,82 +1,34 @@
 """The C++ sampled head (K dot products a row, their gradient) against the reference in fp64, on every isa."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
+import sparse_head_case
 import torch
+from sparse_head_case import CAPPED, DTYPES, Gradients
 from torch import Tensor
 
 from asyncopd.backends.cpu import sparse_head as cpu
-from asyncopd.backends.reference import linear as reference
 
 INF, NAN = float("inf"), float("nan")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-PLAIN, CAPPED = (1.0, 1.0, None), (0.7, -1.3, 4.0)  # temperature, logit scale, softcap
 
 forward = cpu._linear_gather_logits
 backward = cpu._linear_gather_logits_backward
 
 
-@dataclass(frozen=True)
-class Case:
-    hidden: Tensor
-    weight: Tensor
-    ids: Tensor
-    grad: Tensor
-    bias: Tensor | None = None
-    mask: Tensor | None = None
-    scalars: tuple[float, float, float | None] = PLAIN
-
+class Case(sparse_head_case.Case):
     def logits(self, **how: int) -> Tensor:
-        return forward(self.hidden, self.weight, self.ids, self.bias, self.mask, *self.scalars, **how)
+        return forward(*self.head, **how)
 
-    def gradients(self, need_weight: bool = True, **how: int) -> tuple[Tensor, Tensor, Tensor]:
-        head = (self.hidden, self.weight, self.ids, self.bias, self.mask)
-        return backward(self.grad, self.logits(**how), *head, *self.scalars, need_weight, **how)
-
-    def double(self) -> "Case":
-        bias = None if self.bias is None else self.bias.double()
-        return replace(
-            self, hidden=self.hidden.double(), weight=self.weight.double(), grad=self.grad.double(), bias=bias
-        )
-
-    def expected(self) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """Logits and the three gradients in fp64."""
-        exact = self.double()
-        head = (exact.hidden, exact.weight, self.ids, exact.bias, self.mask)
-        logits = reference.linear_gather_logits(*head, *self.scalars)
-        return logits, reference.linear_gather_logits_backward(exact.grad, logits, *head, *self.scalars, True)
+    def gradients(self, need_weight: bool = True, **how: int) -> Gradients:
+        return backward(self.grad, self.logits(**how), *self.head, need_weight, **how)
 
 
-def random_case(
-    rows: int = 6, vocab: int = 23, width: int = 40, num_ids: int = 9, dtype: torch.dtype = torch.float32
-) -> Case:
-    rng = torch.Generator().manual_seed(rows * 7919 + width)
-    return Case(
-        hidden=torch.randn(rows, width, generator=rng).to(dtype),
-        weight=(torch.randn(vocab, width, generator=rng) / width**0.5).to(dtype),
-        ids=torch.randint(-1, vocab, (rows, num_ids), generator=rng),
-        grad=torch.randn(rows, num_ids, generator=rng),
-        bias=torch.randn(vocab, generator=rng),
-        mask=torch.arange(rows) % 3 != 1,
-    )
+random_case = Case.random
 
 
-def assert_matches(case: Case, isa: int = -1) -> tuple[Tensor, Tensor, Tensor]:
-    logits, gradients = case.logits(isa=isa), case.gradients(isa=isa)
-    expected, expected_gradients = case.expected()
-    # Sums of about a hundred terms of size 1, each product and sum rounded to fp32.
-    assert logits.dtype == torch.float32
-    torch.testing.assert_close(logits.double(), expected, rtol=1e-6, atol=2e-6, equal_nan=True)
-    like = (case.hidden, case.weight, case.weight[:0, 0] if case.bias is None else case.bias)
-    for got, want, of in zip(gradients, expected_gradients, like, strict=True):
-        assert got.dtype == of.dtype
-        assert got.shape == of.shape
-        assert got.is_contiguous()
-        # 16 bits: half a unit in the last place as well, since they are rounded once.
-        rtol = 2e-6 if of.dtype == torch.float32 else torch.finfo(of.dtype).eps * 0.51
-        torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-5, equal_nan=True)
-    return gradients
+def assert_matches(case: Case, isa: int) -> Gradients:
+    return case.assert_matches(isa=isa)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -87,6 +39,15 @@ def test_matches_fp64(width: int, dtype: torch.dtype, isa: int) -> None:
     assert_matches(replace(case, ids=case.ids.int(), mask=None, bias=None, scalars=(0.6, 1.0, None)), isa)
     assert_matches(replace(case, bias=None, scalars=(1.0, 2.5, None)), isa)
     assert_matches(replace(case, scalars=CAPPED), isa)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_wide_hidden_states(dtype: torch.dtype, isa: int) -> None:
+    """fp32 beside a narrower head: nothing of them is rounded, nor of their gradient."""
+    case = random_case(width=200, dtype=dtype)
+    wide = replace(case, hidden=torch.randn(6, 200, generator=torch.Generator().manual_seed(1)))
+    assert_matches(replace(wide, scalars=CAPPED), isa)
+    assert_matches(replace(wide, ids=case.ids.int(), mask=None, bias=None), isa)
 
 
 @pytest.mark.parametrize("num_ids", [1, 2, 3, 4, 5, 8, 63, 64, 65, 70, 200])
@@ -283,12 +244,11 @@ def test_empty_problems(isa: int) -> None:
 def test_ids_out_of_range_are_refused_in_masked_rows_too(row: int, bad: int, isa: int) -> None:
     case = random_case()
     logits = case.logits(isa=isa)
-    head = (case.hidden, case.weight, case.ids, case.bias, case.mask, *PLAIN)
     case.ids[row, 8] = bad
     with pytest.raises(ValueError, match=r"ids: .* 0\.\.22"):
         case.logits(isa=isa)
     with pytest.raises(ValueError, match=r"ids: .* 0\.\.22"):
-        backward(case.grad, logits, *head, True, isa=isa)
+        backward(case.grad, logits, *case.head, True, isa=isa)
 
 
 def test_wrong_arguments() -> None:
@@ -296,7 +256,8 @@ def test_wrong_arguments() -> None:
     bias = case.bias
     assert bias is not None
     for wrong, message in (
-        (replace(case, weight=case.weight.half()), r"hidden, weight: got torch.float32, torch.float16"),
+        (replace(case, hidden=case.hidden.half()), r"hidden, weight: got torch.float16, torch.float32"),
+        (replace(case, weight=case.weight.double()), r"hidden, weight: got torch.float32, torch.float64"),
         (replace(case, weight=case.weight[:, 1:]), r"weight: got shape \[23, 39\], expected \[V, 40\]"),
         (replace(case, ids=case.ids[1:]), r"hidden, ids: got \[6, 40\], \[5, 9\]"),
         (replace(case, ids=case.ids.float()), "ids: got torch.float32"),
@@ -321,6 +282,6 @@ def test_more_than_32_bits_can_number_is_refused(too_many: str) -> None:
     scalars = {"temperature": 1.0, "logit_scale": 1.0, "softcap": 0.0}
     sizes = {"rows": 1, "vocab": 1, "width": 1, "num_ids": 1, too_many: 2**32}
     head = {"hidden": 0, "hidden_stride": 1, "weight": 0, "weight_stride": 1, "ids": 0, "mask": 0}
-    common = {"dtype": 0, "id_type": 1, "threads": 1, "logits": 0, **head, **sizes, **scalars}
+    common = {"dtype": 0, "hidden_dtype": 0, "id_type": 1, "threads": 1, "logits": 0, **head, **sizes, **scalars}
     assert cpu._C.cpu_linear_gather_logits(bias=0, **common) == 2
     assert cpu._C.cpu_linear_gather_logits_backward(grad=0, dhidden=0, dweight=0, dbias=0, **common) == 2

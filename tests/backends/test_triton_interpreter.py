@@ -16,8 +16,8 @@ from asyncopd import backends
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
-# A program takes 5 to 20 ms there, so shared tests of thousands of them stay out.
-SHARED = "triton and not (thread_count or do_not_collide or transposed or (strides_are_followed and sample))"
+# (files, selection, the fewest tests that it must find). A program takes 5 to 20 ms there, so shared tests of thousands
+# of programs stay out, and where a head with everything stands for those with less, those with less do.
 FILES = {
     "own": (["tests/backends/test_triton_kernel_numeric.py", "tests/backends/test_triton_kernel_topk.py"], "", 40),
     "own-draws": (
@@ -25,15 +25,55 @@ FILES = {
         "",
         15,
     ),
-    "shared": (
+    "own-products": (
+        ["tests/backends/test_triton_kernel_gemm.py", "tests/backends/test_triton_kernel_linear_topk.py"],
+        "",
+        100,
+    ),
+    "own-head": (["tests/backends/test_triton_kernel_head.py"], "", 35),
+    "own-sampled-head": (["tests/backends/test_triton_kernel_sparse_head.py"], "", 55),
+    "own-losses": (["tests/backends/test_triton_kernel_kl.py"], "", 35),
+    "shared-logits": (
         [
             "tests/ops/test_topk.py",
             "tests/ops/test_gather.py",
             "tests/ops/test_sample_edges.py",
             "tests/ops/test_sample_streams.py",
         ],
-        SHARED,
+        "triton and not (thread_count or do_not_collide or transposed or (strides_are_followed and sample))",
         50,
+    ),
+    "shared-head": (
+        [
+            "tests/ops/test_linear_gather.py",
+            "tests/ops/test_linear_logits.py",
+            "tests/ops/test_linear_topk.py",
+            "tests/ops/test_accumulate.py",
+            "tests/losses/test_gradients_in_forward.py",
+        ],
+        "triton and not (accumulate_in_fp32 or (materialised_logits and not softcap))",
+        60,
+    ),
+    "shared-losses": (
+        [
+            "tests/losses/test_corrections.py",
+            "tests/losses/test_gradients.py",
+            "tests/losses/test_infinite_logits.py",
+            "tests/losses/test_metrics.py",
+            "tests/losses/test_zero_sum.py",
+        ],
+        "triton and not (masses and False)",
+        150,
+    ),
+    "features": (
+        [
+            "tests/ops/test_opcheck.py",
+            "tests/ops/test_capture.py",
+            "tests/ops/test_torch_features.py",
+            "tests/ops/test_vocab_shards.py",
+        ],
+        "triton",
+        12,
     ),
 }
 

@@ -143,3 +143,13 @@ def test_masked_rows_have_no_gradient_and_divide_nothing(family: str) -> None:
     torch.testing.assert_close(masked.dhidden[valid], only.dhidden)
     torch.testing.assert_close(masked.dweight, only.dweight)
     assert not masked.dhidden[~half.mask].any()
+
+
+def test_the_limit_of_a_gpu_case_writes_what_the_loss_writes() -> None:
+    inputs = FAMILIES["kl"].inputs(replace(tiny("kl"), size="gpu"), CPU)
+    written, ids = FAMILIES["kl"].provider(LIMIT).prepare(inputs)()
+    student, support = inputs.student_logprobs.detach(), inputs.support
+    torch.testing.assert_close(written, student + support.teacher_logprobs * support.log_weights)
+    assert torch.equal(ids, support.ids.amax(1))
+    read = [student, support.teacher_logprobs, support.log_weights, support.ids]
+    assert sum(t.numel() * t.itemsize for t in (*read, written)) == inputs.case.work.bytes

@@ -91,6 +91,21 @@ def test_cases_are_those_of_this_checkout() -> None:
     assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py"
 
 
+@needs_triton
+@pytest.mark.parametrize(("arch", "instruction"), [(80, "mma.sync"), (90, "wgmma.mma_async"), (100, "tcgen05.mma")])
+@pytest.mark.parametrize(
+    ("module", "case"),
+    [
+        ("gemm", "gemm-logits-bf16-{}"),
+        ("gemm", "gemm-dweight-bf16-small-{}"),
+        ("head_summary", "head-summary-bf16-{}"),
+        ("regroup", "regroup-bf16"),
+    ],
+)
+def test_matrix_products_are_those_of_the_architecture(module: str, case: str, arch: int, instruction: str) -> None:
+    assert instruction in TritonJob(f"asyncopd.kernels.{module}", case.format(arch), arch).ptx()
+
+
 # ---------------------------------------------------------------------------------------------------------- CUDA
 
 CLEAN = "__global__ void scale(float4* x) { float4 v = x[threadIdx.x]; v.x *= 2.0f; x[threadIdx.x] = v; }\n"

@@ -203,6 +203,8 @@ def test_on_a_gpu_there_are_the_backends_and_the_peers() -> None:
     assert providers_on("cpu", "topk") == FAMILIES["topk"].providers
     names = [p.name for p in providers_on("cuda", "topk")]
     assert names[-3:] == ["asyncopd on triton", "asyncopd on cuda", "flashinfer top_k + torch"]
+    forwards = [p.name for p in providers_on("cuda", "kl") if "forward" in p.name and " on " in p.name]
+    assert len(forwards) == 4  # without and with metrics, on two backends
     assert {c.family for c in CASES if c.size == "gpu"} >= set(PEERS)
 
 

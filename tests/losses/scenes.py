@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from each_backend import Backend
 from torch import Tensor
 
 from asyncopd import Support
@@ -66,8 +67,13 @@ def support(s: Scene, draw: str, rng: torch.Generator, *, told: bool = True, sam
 
 def full_support(log_q: Tensor) -> Support:
     """Every token of the vocabulary, once."""
-    ids = torch.arange(log_q.shape[1]).expand(log_q.shape).contiguous()
+    ids = torch.arange(log_q.shape[1], device=log_q.device).expand(log_q.shape).contiguous()
     return Support(ids, log_q, torch.zeros_like(log_q))
+
+
+def on(backend: Backend, s: Support) -> Support:
+    """The same support on a backend's device, its scores in the backend's dtype."""
+    return Support(*map(backend.tensor, (s.ids, s.teacher_logprobs, s.log_weights)), s.draw)
 
 
 def with_pads(support: Support, columns: list[int]) -> Support:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from each_backend import Backend
 from oracle import Options, reverse_row, rows_of
-from scenes import Scene, scene, support, with_pads
+from scenes import Scene, on, scene, support, with_pads
 from torch import Tensor
 
 from asyncopd import Correction, Support, reverse_kl
@@ -26,8 +26,7 @@ def run(student: Tensor, sup: Support, **options: Any) -> tuple[Tensor, Tensor]:
 
 def sampled(backend: Backend, rng: torch.Generator, *, told: bool = True) -> tuple[Scene, Support, Tensor]:
     s = scene(rng, rows=12, vocab=11)
-    sup = support(s, "samples", rng, told=told, samples=6)
-    sup = Support(sup.ids, backend.tensor(sup.teacher_logprobs), backend.tensor(sup.log_weights), sup.draw)
+    sup = on(backend, support(s, "samples", rng, told=told, samples=6))
     return s, sup, backend.tensor(s.log_p).gather(1, sup.ids)
 
 
@@ -92,9 +91,7 @@ def test_a_clip_binds_only_where_the_ratio_went_its_way(
     """A good token (A < 0) must not be pushed up any further, a bad one no further down."""
     mu, log_p = math.log(0.2), math.log(0.2 * ratio)
     log_q = log_p + (1.0 if good else -1.0)
-    sup = Support(
-        torch.tensor([[3]]), backend.tensor(torch.tensor([[log_q]])), backend.tensor(torch.tensor([[-mu]])), "samples"
-    )
+    sup = on(backend, Support(torch.tensor([[3]]), torch.tensor([[log_q]]), torch.tensor([[-mu]]), "samples"))
     value, coef = run(backend.tensor(torch.tensor([[log_p]])), sup, correction=Correction(clip_eps=0.2))
     signal = -1.0 if good else 1.0
     clipped = min(max(ratio, 0.8), 1.2) if binds else ratio
@@ -173,7 +170,7 @@ def test_m2po(backend: Backend, rng: torch.Generator, budget: float, told: bool)
     tau = tau_by_bisection(student.double(), sup, budget, mask)
     assert (tau == math.inf) == (budget == 10.0)
     o = Options(certain=drawn, clip=(math.exp(-tau), math.exp(tau)))
-    values, coef = run(student, sup, mask=mask, correction=Correction(m2_budget=budget))
+    values, coef = run(student, sup, mask=backend.tensor(mask), correction=Correction(m2_budget=budget))
     expected_values, expected_coef = rows_of(reverse_row, student, sup, o)
     backend.close(values, expected_values * mask)
     backend.close(coef, expected_coef * mask[:, None])
@@ -182,7 +179,7 @@ def test_m2po(backend: Backend, rng: torch.Generator, budget: float, told: bool)
 def pad_and_mask(sup: Support, student: Tensor) -> tuple[Support, Tensor]:
     """Pads at both ends and inside; they must neither count nor bind."""
     padded = with_pads(sup, [0, 3, 6])
-    wide = torch.full(padded.ids.shape, 5.0, dtype=student.dtype)
+    wide = torch.full(padded.ids.shape, 5.0, dtype=student.dtype, device=student.device)
     wide[:, [1, 2, 3, 5, 6, 7]] = student
     return padded, wide
 
@@ -203,8 +200,7 @@ def test_m2po_spends_exactly_its_budget(rng: torch.Generator) -> None:
 
 def test_m2po_without_a_bindable_entry_changes_nothing(backend: Backend, rng: torch.Generator) -> None:
     s = scene(rng, stale=False)  # on policy every log ratio is 0
-    sup = support(s, "samples", rng)
-    sup = Support(sup.ids, backend.tensor(sup.teacher_logprobs), backend.tensor(sup.log_weights), sup.draw)
+    sup = on(backend, support(s, "samples", rng))
     student = backend.tensor(s.log_p).gather(1, sup.ids)
     for a, b in zip(run(student, sup, correction=Correction(m2_budget=0.04)), run(student, sup), strict=True):
         backend.close(a, b.double())
@@ -228,7 +224,6 @@ def test_mu_is_recovered_from_weights_with_pads(backend: Backend, rng: torch.Gen
 
 def test_a_single_sampled_token_is_corrected_too(backend: Backend, rng: torch.Generator) -> None:
     s = scene(rng, rows=20)
-    sup = support(s, "sampled_token", rng)
-    sup = Support(sup.ids, backend.tensor(sup.teacher_logprobs), backend.tensor(sup.log_weights))
+    sup = on(backend, support(s, "sampled_token", rng, told=False))
     student = backend.tensor(s.log_p).gather(1, sup.ids)
     compare(backend, student, sup, Options(clip=(0.8, 1.2)), correction=Correction(clip_eps=0.2))

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from each_backend import Backend
+from each_backend import Backend, label
 from oracle import Options, dz_of, forward_row, reverse_row, rows_of
-from scenes import DRAWS, Scene, full_support, scene, support
+from scenes import DRAWS, Scene, full_support, on, scene, support
 from torch import Tensor
 
 from asyncopd import (
@@ -41,7 +41,7 @@ def of(s: Scene, draw: str, rng: torch.Generator) -> Support:
     return full_support(s.log_q) if draw == "full" else support(s, draw, rng, samples=4)
 
 
-@pytest.mark.parametrize(("draw", "loss", "options"), TRUE_DERIVATIVES, ids=str)
+@pytest.mark.parametrize(("draw", "loss", "options"), TRUE_DERIVATIVES, ids=label)
 def test_gradcheck_on_logits(rng: torch.Generator, draw: str, loss: Any, options: dict[str, Any]) -> None:
     s = scene(rng, rows=3, vocab=7)
     sup = of(s, draw, rng)
@@ -54,7 +54,7 @@ def test_gradcheck_on_logits(rng: torch.Generator, draw: str, loss: Any, options
     assert torch.autograd.gradcheck(run, (s.log_p + 0.3).requires_grad_())
 
 
-@pytest.mark.parametrize(("draw", "loss", "options"), TRUE_DERIVATIVES, ids=str)
+@pytest.mark.parametrize(("draw", "loss", "options"), TRUE_DERIVATIVES, ids=label)
 def test_gradcheck_through_the_head(rng: torch.Generator, draw: str, loss: Any, options: dict[str, Any]) -> None:
     s = scene(rng, rows=3, vocab=7)
     sup = of(s, draw, rng)
@@ -80,8 +80,7 @@ def test_reverse_kl_is_the_sum_over_its_entries(
 ) -> None:
     s = scene(rng)
     # Not told how it was drawn: log-weight 0 marks the certain entries. A top-k is then all certain.
-    sup = support(s, draw, rng, told=False)
-    sup = Support(sup.ids, backend.tensor(sup.teacher_logprobs), backend.tensor(sup.log_weights))
+    sup = on(backend, support(s, draw, rng, told=False))
     student = backend.tensor(s.log_p + (1.0 if normalize == "sampled" else 0.0)).gather(1, sup.ids).requires_grad_()
     rows = reverse_kl(student, sup, normalize=normalize, baseline=baseline, reduction="none")
     rows.sum().backward()
@@ -99,8 +98,7 @@ def test_truncated_losses_are_the_sum_over_their_entries(
     backend: Backend, rng: torch.Generator, draw: str, loss: str, tail: Any
 ) -> None:
     s = scene(rng)
-    sup = support(s, draw, rng)
-    sup = Support(sup.ids, backend.tensor(sup.teacher_logprobs), backend.tensor(sup.log_weights), sup.draw)
+    sup = on(backend, support(s, draw, rng))
     student = backend.tensor(s.log_p).gather(1, sup.ids).requires_grad_()
     rows = (reverse_kl if loss == "reverse" else forward_kl)(student, sup, tail=tail, reduction="none")
     rows.sum().backward()

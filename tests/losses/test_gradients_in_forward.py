@@ -152,14 +152,16 @@ def test_groups_of_rows(backend: Backend, rng: torch.Generator, monkeypatch: pyt
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("width", [6, 7, 4 * N])
-def test_16_bit_gradients_are_rounded_once(engine: str, rng: torch.Generator, dtype: torch.dtype, width: int) -> None:
+def test_16_bit_gradients_sum_in_fp32(engine: str, rng: torch.Generator, dtype: torch.dtype, width: int) -> None:
     hidden, weight, _, support = problem(Backend(engine, torch.float32), rng, "samples", width)
     low = [t.detach().to(dtype).requires_grad_() for t in (hidden, weight)]
     high = [t.detach().double().requires_grad_() for t in low]
     wide = Support(support.ids, support.teacher_logprobs.double(), support.log_weights.double(), "samples")
     mine = gradients(linear_reverse_kl(*low, support), *low)
     theirs = gradients(linear_reverse_kl(*high, wide), *high)
+    # Rounded once, at the end; but tensor cores take 16-bit operands, so on a GPU every term has its rounding too.
+    terms = 0.0 if engine not in ("triton", "cuda") else torch.finfo(dtype).eps
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == dtype
         ulp = torch.finfo(dtype).eps * 0.51
-        torch.testing.assert_close(a.double(), b, rtol=ulp + 1e-5, atol=1e-5 * b.abs().max().item())
+        torch.testing.assert_close(a.double(), b, rtol=ulp + 1e-5, atol=(terms + 1e-5) * b.abs().max().item())

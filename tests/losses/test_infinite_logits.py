@@ -7,7 +7,7 @@ import pytest
 import torch
 from each_backend import Backend
 from oracle import Options, reverse_row, rows_of
-from scenes import full_support, scene
+from scenes import full_support, on, scene
 from torch import Tensor
 
 from asyncopd import Support, forward_kl, gather_logprobs, linear_reverse_kl, reverse_kl
@@ -85,8 +85,8 @@ def test_infinite_signals_have_no_coefficient(backend: Backend, rng: torch.Gener
     teacher = s.log_q.gather(1, ids)
     teacher[:, [1, 3]] = -INF
     log_w = -math.log(4) - s.log_mu.gather(1, ids)
-    sup = Support(ids, backend.tensor(teacher), backend.tensor(log_w))
-    student = backend.tensor(s.log_p).gather(1, ids).requires_grad_()
+    sup = on(backend, Support(ids, teacher, log_w))
+    student = backend.tensor(s.log_p).gather(1, sup.ids).requires_grad_()
     rows = reverse_kl(student, sup, baseline=baseline, reduction="none")
     rows.sum().backward()
     assert (rows == INF).all()
@@ -98,8 +98,8 @@ def test_infinite_signals_have_no_coefficient(backend: Backend, rng: torch.Gener
 
 def test_a_probability_that_underflows_where_the_teacher_has_none(backend: Backend) -> None:
     # p = e^-2000 is 0 in any dtype: 0 log(0 / 0) is 0, on both sides.
-    teacher, weights = (backend.tensor(torch.tensor([[-0.5, x]])) for x in (-INF, 0.0))
-    sup = Support(torch.tensor([[0, 1]]), teacher, weights)
+    teacher, weights = (torch.tensor([[-0.5, x]]) for x in (-INF, 0.0))
+    sup = on(backend, Support(torch.tensor([[0, 1]]), teacher, weights))
     student = backend.tensor(torch.tensor([[-0.25, -2000.0]])).requires_grad_()
     rows = reverse_kl(student, sup, reduction="none")
     rows.sum().backward()
@@ -159,7 +159,7 @@ def test_forward_kl_of_a_token_the_teacher_cannot_write(backend: Backend, rng: t
 
 def test_a_masked_nan_row_poisons_nothing(backend: Backend, rng: torch.Generator) -> None:
     s = scene(rng)
-    mask = torch.tensor([True, True, False, True, True])
+    mask = backend.tensor(torch.tensor([True, True, False, True, True]))
     sup = full_support(backend.tensor(s.log_q.clone()))
     clean = backend.tensor(s.log_p).clone().requires_grad_()
     expected = reverse_kl(gather_logprobs(clean, sup.ids), sup, mask=mask)

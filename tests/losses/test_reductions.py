@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from each_backend import Backend
+from each_backend import Backend, label
 from scenes import scene, support
 from torch import Tensor
 
@@ -74,7 +74,7 @@ CALLS: list[tuple[Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("hidden_value", [1.0, float("nan"), float("inf")])
-@pytest.mark.parametrize(("loss", "options"), CALLS, ids=str)
+@pytest.mark.parametrize(("loss", "options"), CALLS, ids=label)
 def test_no_valid_row(
     backend: Backend, rng: torch.Generator, loss: Any, options: dict[str, Any], hidden_value: float, reduction: str
 ) -> None:
@@ -91,7 +91,7 @@ def test_no_valid_row(
         assert (leaf.grad == 0).all()
 
 
-@pytest.mark.parametrize(("loss", "options"), CALLS, ids=str)
+@pytest.mark.parametrize(("loss", "options"), CALLS, ids=label)
 def test_no_row_at_all(backend: Backend, loss: Any, options: dict[str, Any]) -> None:
     hidden = backend.tensor(torch.zeros(0, 3)).requires_grad_()
     weight = backend.tensor(torch.ones(11, 3)).requires_grad_()
@@ -105,7 +105,7 @@ def test_no_row_at_all(backend: Backend, loss: Any, options: dict[str, Any]) -> 
 
 @pytest.mark.parametrize(("loss", "options"), [*CALLS, (linear_forward_kl, {"tail": "bucket"}),
                                                (linear_reverse_kl, {"tail": "renormalize"}),
-                                               (linear_reverse_kl, {"tail": "bucket"})], ids=str)  # fmt: skip
+                                               (linear_reverse_kl, {"tail": "bucket"})], ids=label)  # fmt: skip
 @pytest.mark.parametrize("k", [0, 3])
 def test_rows_of_nothing_but_pads(backend: Backend, loss: Any, options: dict[str, Any], k: int) -> None:
     hidden = backend.tensor(torch.ones(2, 3)).requires_grad_()

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from each_backend import Backend
-from scenes import DRAWS, full_support, scene, support
+from scenes import DRAWS, full_support, on, scene, support
 
 from asyncopd import (
     Support,
@@ -27,10 +27,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 GATHER = ("gather_logprobs", "gather_logprobs_backward")
 LINEAR = ("linear_gather_logprobs", "linear_gather_logprobs_backward", "linear_gather_logits",
           "linear_gather_logits_backward", "linear_logsumexp")  # fmt: skip
-
-
-def on(backend: Backend, s: Support) -> Support:
-    return Support(s.ids, backend.tensor(s.teacher_logprobs), backend.tensor(s.log_weights), s.draw)
 
 
 @pytest.mark.ops("kl_rows", *GATHER)
@@ -112,7 +108,7 @@ def test_through_extraction_shift_and_fused_loss(
 ) -> None:
     states = backend.tensor(torch.randn(3, 9, 6, generator=rng, dtype=torch.float64))
     weight = backend.tensor(torch.randn(40, 6, generator=rng, dtype=torch.float64))
-    labels = torch.randint(0, 40, (3, 9), generator=rng)
+    labels = backend.tensor(torch.randint(0, 40, (3, 9), generator=rng))
     labels[0, :4] = labels[2, 7:] = -100
     aligned = align_rows(states, labels)
     assert aligned.mask.sum() == (labels[:, 1:] != -100).sum()

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from each_backend import Backend
+from each_backend import Backend, label
 from scenes import scene, support
 from torch import Tensor
 
@@ -61,14 +61,14 @@ COMPILED: list[tuple[str, Any, dict[str, Any]]] = [
 
 
 @pytest.mark.ops("kl_rows", *LINEAR)
-@pytest.mark.parametrize(("draw", "loss", "options"), COMPILED, ids=str)
+@pytest.mark.parametrize(("draw", "loss", "options"), COMPILED, ids=label)
 def test_compiled_fused_losses(backend: Backend, rng: torch.Generator, draw: str, loss: Any, options: Any) -> None:
     leaves, sup, mask = problem(backend, rng, draw)
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return loss(hidden, weight, sup, bias=bias, mask=mask, temperature=0.9, softcap=5.0, **options)
 
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=False)
     for a, b in zip(gradients(compiled, leaves), gradients(run, leaves), strict=True):
         backend.close(a, b.double())
 
@@ -81,7 +81,7 @@ def test_compiled_reverse_kl_that_builds_its_support(backend: Backend, rng: torc
         inside = Support(sup.ids, sup.teacher_logprobs, sup.log_weights, "head_tail")
         return reverse_kl(gather_logprobs(logits, sup.ids), inside, mask=mask, baseline="loo")
 
-    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=False)
     logits = leaves[0] @ leaves[1].t()
     for a, b in zip(gradients(compiled, [logits]), gradients(run, [logits]), strict=True):
         backend.close(a, b.double())

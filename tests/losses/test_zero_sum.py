@@ -5,16 +5,12 @@ from typing import Any
 import pytest
 import torch
 from each_backend import Backend
-from scenes import DRAWS, full_support, scene, support
+from scenes import DRAWS, full_support, on, scene, support
 
 from asyncopd import Correction, Support, forward_kl, gather_logprobs, linear_forward_kl, linear_reverse_kl, reverse_kl
 
 LINEAR = ("linear_gather_logprobs", "linear_gather_logprobs_backward", "linear_gather_logits",
           "linear_gather_logits_backward", "linear_logsumexp", "gather_logprobs")  # fmt: skip
-
-
-def on(backend: Backend, s: Support) -> Support:
-    return Support(s.ids, backend.tensor(s.teacher_logprobs), backend.tensor(s.log_weights), s.draw)
 
 
 def coefficients(student: torch.Tensor, sup: Support, loss: Any = reverse_kl, **options: Any) -> torch.Tensor:
@@ -130,7 +126,7 @@ def test_only_the_supports_rows_of_the_head_get_a_gradient(
     assert weight.grad is not None
     assert bias.grad is not None
     named = torch.zeros(90, dtype=torch.bool)
-    named[sup.ids.unique()] = True
+    named[sup.ids.unique().cpu()] = True
     assert (weight.grad[~named] == 0).all() == sparse
     assert (bias.grad[~named] == 0).all() == sparse
 
@@ -159,7 +155,7 @@ def test_renormalised_forward_kl_touches_only_the_supports_rows(backend: Backend
     assert dense.grad is not None
     backend.close(weight.grad, dense.grad)
     named = torch.zeros(90, dtype=torch.bool)
-    named[sup.ids.unique()] = True
+    named[sup.ids.unique().cpu()] = True
     assert (weight.grad[~named] == 0).all()
 
 

@@ -4,22 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from allocations import largest_allocation
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from asyncopd import Support, linear_forward_kl, linear_gather_logprobs, linear_reverse_kl, linear_topk_logprobs
 
 # Logits are the one thing here whose size is N x V: hidden states and weight are 128 times smaller.
 N, V, H, K = 512, 4096, 4, 8
-
-
-def largest_allocation(run: Callable[[], object]) -> int:
-    """Bytes of the largest single allocation, seen by the allocator itself, so inside custom ops too."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        run()
-    kineto = trace.profiler
-    assert kineto is not None
-    return max(e.nbytes() for e in kineto.kineto_results.events() if e.name() == "[memory]")
 
 
 def leaves(dtype: torch.dtype) -> tuple[Tensor, Tensor, Support]:
@@ -69,3 +60,11 @@ def test_no_allocation_is_as_large_as_the_logits(engine: str, name: str, dtype: 
 def test_the_sampled_normalisation_never_walks_the_vocabulary(engine: str) -> None:
     # Nothing larger than the K picked rows of the head per position, or the weight's own gradient.
     assert largest_allocation(calls(torch.float32)["reverse_sampled"]) <= max(N * K * H, V * H) * 4
+
+
+@pytest.mark.ops("linear_kl", "scale_gradient_")
+def test_the_backward_of_the_fused_loss_holds_no_second_weight_gradient(engine: str) -> None:
+    """Not even where the loss is divided by the number of micro-batches."""
+    hidden, weight, support = leaves(torch.float32)
+    loss = linear_reverse_kl(hidden, weight, support) / 8
+    assert largest_allocation(loss.backward) < V * H * 4

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from each_backend import DEVICES, runs
 from torch.library import opcheck
 
-import asyncopd  # noqa: F401  (registers the ops)
+from asyncopd import backends
 from asyncopd.backends.loss_spec import LossSpec
 
 OPS = torch.ops.asyncopd
@@ -54,6 +55,10 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
       for h in (PLAIN, FULL)),
     *(("linear_gather_logits_backward", (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, *h, h is FULL))
       for h in (PLAIN, FULL)),
+    ("linear_gather_logits_backward_into",
+     (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, None, 1.0, 1.0, None, f32(V, H), None)),
+    ("linear_gather_logits_backward_into",
+     (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, MASK, 0.7, 1.3, 4.0, f32(V, H).bfloat16(), f32(V))),
     ("linear_logsumexp", (f32(N, H), f32(V, H), *FULL)),
     *(("kl_rows", (*args, *spec.arguments())) for args, spec in KL),
     ("linear_kl", (f32(N, H), f32(V, H), None, None, IDS, LOGQ, LOGW, None, torch.tensor(4.0), 1.0, 1.0, None,
@@ -90,8 +95,27 @@ def test_every_op_of_the_library_is_checked() -> None:
     assert registered == {name for name, _ in CASES}
 
 
-@pytest.mark.ops("gather_logprobs")
-def test_gather_on_every_backend(engine: str) -> None:
-    for name, args in CASES:
-        if name == "gather_logprobs":
-            opcheck(OPS.gather_logprobs.default, args, test_utils=("test_schema", "test_faketensor"))
+def op_cases(*names: str) -> list[Any]:
+    """Every case on each of these backends that has the op, as (backend, op, arguments)."""
+    return [
+        pytest.param(backend, name, args, id=f"{backend}-{name}-{i}")
+        for backend in names
+        if runs(backend)
+        for i, (name, args) in enumerate(CASES)
+        if backends.has_op(backend, name)
+    ]
+
+
+def moved(args: tuple[Any, ...], device: str) -> tuple[Any, ...]:
+    """Copies of the tensors on a device."""
+    return tuple(a.to(device, copy=True) if isinstance(a, torch.Tensor) else a for a in args)
+
+
+@pytest.mark.parametrize(("runner", "name", "args"), op_cases("cpu", "triton", "cuda"))
+def test_every_backend_returns_what_the_fake_says(
+    runner: str, name: str, args: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shapes, dtypes, strides and devices, and that inputs stay as they are."""
+    monkeypatch.setenv("ASYNCOPD_BACKEND", runner)
+    args = moved(args, DEVICES.get(runner, "cpu"))
+    opcheck(getattr(OPS, name).default, args, test_utils=("test_schema", "test_faketensor"))

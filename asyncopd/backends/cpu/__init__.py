@@ -17,6 +17,7 @@ from asyncopd.backends.cpu.kl import kl_rows
 from asyncopd.backends.cpu.logits import gather_logprobs, gather_logprobs_backward, sample_support, topk_logprobs
 from asyncopd.backends.cpu.sparse_head import linear_gather_logits, linear_gather_logits_backward
 from asyncopd.backends.native import unavailable_reason
+from asyncopd.backends.reference.linear_kl import scale_gradient_
 
 __all__ = [
     "gather_logprobs",
@@ -30,6 +31,7 @@ __all__ = [
     "linear_logsumexp",
     "linear_topk_logprobs",
     "sample_support",
+    "scale_gradient_",
     "topk_logprobs",
     "unavailable_reason",
 ]

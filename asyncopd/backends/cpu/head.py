@@ -66,7 +66,10 @@ def linear_gather_logprobs_backward(
     softcap: float | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one)."""
+    """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one).
+
+    As in the reference, ids may be ELSEWHERE, and hidden wider than the head.
+    """
     used = rows_with_gradient(grad, ids, mask)
     walk = Walk(hidden[used], ids[used], Head(weight, bias, temperature, logit_scale, softcap))
     gradients = Gradients(

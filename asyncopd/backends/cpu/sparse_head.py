@@ -27,9 +27,10 @@ def linear_gather_logits(
     logit_scale: float,
     softcap: float | None,
 ) -> Tensor:
-    """hidden [N, H], weight [V, H] of one dtype, ids [N, K] -> fp32 logits [N, K]; -inf at pads and in masked rows.
+    """hidden [N, H], weight [V, H], ids [N, K] -> fp32 logits [N, K]; -inf at pads and in masked rows.
 
-    bias [V] has any float dtype, mask [N] is bool. Raises ValueError for ids outside [-1, V), in masked rows as well.
+    hidden is of the weight's dtype, or fp32, whose gradient is then not rounded: a part of a sum over shards. bias [V]
+    has any float dtype, mask [N] is bool. Raises ValueError for ids outside [-1, V), in masked rows as well.
     """
     return _linear_gather_logits(hidden, weight, ids, bias, mask, temperature, logit_scale, softcap)
 
@@ -75,9 +76,10 @@ def _linear_gather_logits(
     status = _C.cpu_linear_gather_logits(
         hidden=hidden.data_ptr(),
         hidden_stride=hidden.stride(0),
+        hidden_dtype=DTYPE_CODES[hidden.dtype],
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0),
-        dtype=DTYPE_CODES[hidden.dtype],
+        dtype=DTYPE_CODES[weight.dtype],
         bias=0 if bias is None else bias.data_ptr(),
         ids=ids.data_ptr(),
         id_type=ID_TYPE_CODES[ids.dtype],
@@ -131,9 +133,10 @@ def _linear_gather_logits_backward(
         logits=logits.data_ptr(),
         hidden=hidden.data_ptr(),
         hidden_stride=hidden.stride(0),
+        hidden_dtype=DTYPE_CODES[hidden.dtype],
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0),
-        dtype=DTYPE_CODES[hidden.dtype],
+        dtype=DTYPE_CODES[weight.dtype],
         ids=ids.data_ptr(),
         id_type=ID_TYPE_CODES[ids.dtype],
         mask=0 if mask is None else mask.data_ptr(),
@@ -167,9 +170,10 @@ def _check(
 
     The callers have checked most of this; it is repeated because a kernel given raw pointers cannot.
     """
-    if hidden.dtype not in DTYPE_CODES or weight.dtype != hidden.dtype:
+    if weight.dtype not in DTYPE_CODES or hidden.dtype not in (weight.dtype, torch.float32):
         raise TypeError(
-            f"hidden, weight: got {hidden.dtype}, {weight.dtype}, expected one of float32, bfloat16, float16 for both"
+            f"hidden, weight: got {hidden.dtype}, {weight.dtype}, expected one of float32, bfloat16, float16 for both "
+            "(or float32 for hidden)"
         )
     ids = check_ids(ids, hidden, "hidden")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1]:

@@ -4,6 +4,7 @@ Each function takes tensors that `asyncopd.ops` has already checked. Accumulatio
 Nothing here ever holds an [N, V] tensor that its caller did not pass in: rows are walked in chunks.
 """
 
+from asyncopd.backends.reference.accumulate import linear_gather_logits_backward_into
 from asyncopd.backends.reference.extract import linear_topk_logprobs, topk_logprobs
 from asyncopd.backends.reference.gather import gather_logprobs, gather_logprobs_backward
 from asyncopd.backends.reference.kl import kl_rows
@@ -14,7 +15,7 @@ from asyncopd.backends.reference.linear import (
     linear_gather_logprobs_backward,
     linear_logsumexp,
 )
-from asyncopd.backends.reference.linear_kl import linear_kl
+from asyncopd.backends.reference.linear_kl import linear_kl, scale_gradient_
 from asyncopd.backends.reference.sample import sample_support
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "kl_rows",
     "linear_gather_logits",
     "linear_gather_logits_backward",
+    "linear_gather_logits_backward_into",
     "linear_gather_logprobs",
     "linear_gather_logprobs_backward",
     "linear_kl",
     "linear_logsumexp",
     "linear_topk_logprobs",
     "sample_support",
+    "scale_gradient_",
     "topk_logprobs",
 ]
 

@@ -7,7 +7,7 @@ dz[n]    = scatter(g[n] at ids[n]) - (sum_k g[n, k]) softmax(z[n]),   dlogits = 
 import torch
 from torch import Tensor
 
-from asyncopd.backends.reference.rows import check_ids_in_range, compute_dtype, logprobs_at, row_chunks
+from asyncopd.backends.reference.rows import PAD, check_ids_in_range, compute_dtype, logprobs_at, row_chunks
 
 
 def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -25,7 +25,10 @@ def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Te
 
 
 def gather_logprobs_backward(grad: Tensor, logits: Tensor, lse: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """grad [N, K] of the log-probabilities -> gradient [N, V] of the logits, in the logits' dtype."""
+    """grad [N, K] of the log-probabilities -> gradient [N, V] of the logits, in the logits' dtype.
+
+    Where the logits are one shard of a vocabulary, lse [N] is that of the whole and ids may be ELSEWHERE.
+    """
     dlogits = torch.empty_like(logits)
     for rows in row_chunks(*logits.shape):
         z = logits[rows].to(lse.dtype) / temperature
@@ -38,8 +41,8 @@ def logits_gradient(grad: Tensor, z: Tensor, lse: Tensor, ids: Tensor) -> Tensor
 
     A row whose gradients sum to zero never multiplies its softmax, so a masked row of NaN or inf logits yields 0.
     """
-    grad = grad.to(z.dtype).masked_fill(ids < 0, 0.0)
+    grad = grad.to(z.dtype).masked_fill(ids == PAD, 0.0)
     total = grad.sum(dim=1, keepdim=True)
     softmax = z.sub_(lse[:, None]).exp_()
     softmax = softmax.masked_fill_((total == 0) | (lse == -torch.inf)[:, None], 0.0)
-    return softmax.mul_(-total).scatter_add_(1, ids.clamp(min=0).long(), grad)
+    return softmax.mul_(-total).scatter_add_(1, ids.clamp(min=0).long(), grad.masked_fill(ids < 0, 0.0))

@@ -76,7 +76,7 @@ def kl_rows(
     """Row losses [N], coefficients [N, K] by `student` (logits if normalize is "sampled"), values of a LossMetrics."""
     t = _terms(student, teacher, log_weights, ids, mask)
     if student.device.type == "cpu":
-        _check_weights(t, spec.tail, spec.needs_policy and spec.head_is_certain)
+        check_weights(t.valid, t.log_w, spec)
     changed = torch.zeros_like(t.valid)
     if spec.divergence == "forward":
         loss, coef = _forward_kl(t, spec.tail)
@@ -207,13 +207,15 @@ def second_moment_threshold(log_ratio: Tensor, bindable: Tensor, budget: float) 
     return torch.where(reached.any(), tau_squared, torch.inf).sqrt()
 
 
-def _check_weights(t: _Terms, tail: str, needs_policy: bool) -> None:
+def check_weights(valid: Tensor, log_weights: Tensor, spec: LossSpec) -> None:
     """Refuse supports that the options cannot be applied to. Reads the data, so on a CPU only (see `Support.draw`)."""
-    certain = t.valid & (t.log_w == 0)
-    if tail != "drop" and bool((t.valid & ~certain).any()):
-        raise sampled_support_error(tail)
-    used = t.valid.any(dim=1)
-    if needs_policy and bool(used.any()) and bool(certain.any(dim=1)[used].all()):
+    certain = valid & (log_weights == 0)
+    if spec.tail != "drop" and bool((valid & ~certain).any()):
+        raise sampled_support_error(spec.tail)
+    if not (spec.needs_policy and spec.head_is_certain):
+        return
+    used = valid.any(dim=1)
+    if bool(used.any()) and bool(certain.any(dim=1)[used].all()):
         raise no_policy_error()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends.reference.gather import logits_gradient
-from asyncopd.backends.reference.rows import check_ids_in_range, compute_dtype, logprobs_at, row_chunks
+from asyncopd.backends.reference.rows import PAD, check_ids_in_range, compute_dtype, logprobs_at, row_chunks
 
 VOCAB_BLOCK = 8192  # rows of a low-precision head that are upcast at a time
 
@@ -97,7 +97,7 @@ def _silence(hidden: Tensor, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, 
 
 def rows_with_gradient(grad: Tensor, ids: Tensor, mask: Tensor | None) -> Tensor:
     """Rows that take part in the backward: one that the caller dropped is 0, whatever its hidden state holds."""
-    used = ((grad != 0) & (ids >= 0)).any(dim=1)
+    used = ((grad != 0) & (ids != PAD)).any(dim=1)
     return used if mask is None else used & mask
 
 
@@ -152,7 +152,11 @@ def linear_gather_logprobs_backward(
     softcap: float | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one)."""
+    """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one).
+
+    Where the head is one shard of a vocabulary, lse [N] is that of the whole and ids may be ELSEWHERE. hidden may be
+    wider than the head (fp32 beside bf16): its gradient, then a part of a sum over shards, is not rounded.
+    """
     head = Head(weight, bias, temperature, logit_scale, softcap)
     dtype = lse.dtype
     dhidden, dweight, dbias = _empty_gradients(hidden, head, dtype, need_weight)

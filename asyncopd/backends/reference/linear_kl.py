@@ -32,3 +32,14 @@ def linear_kl(
         coef / denominator, hidden, weight, lse, ids, bias, mask, *scalars, need_weight
     )
     return rows.sum() / denominator, metrics, dhidden if need_hidden else dhidden[:0].clone(), dweight, dbias
+
+
+def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor (), in place; 0 where the factor is 0, even if the gradient is NaN."""
+    if factor.device.type != "cpu":
+        gradient.mul_(factor).masked_fill_(factor == 0, 0.0)
+    elif (number := factor.item()) != 1.0:  # reading a number costs nothing there
+        if number == 0.0:
+            gradient.zero_()
+        else:
+            gradient.mul_(number)

@@ -8,6 +8,10 @@ from torch import Tensor
 # Elements of one fp32 tile of logits (64 MiB). Large enough that a chunk's GEMM is not bound by re-reading the head.
 TILE_ELEMENTS = 1 << 24
 
+# Ids that are no column. ELSEWHERE is one that another shard of a split vocabulary holds, and comes to backward ops
+# only: its gradient counts in the row's sum, which multiplies the softmax of every shard, and is scattered nowhere.
+PAD, ELSEWHERE = -1, -2
+
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """fp64 if any tensor is fp64, else fp32: what log-probabilities, LSE, losses and gradients accumulate in."""

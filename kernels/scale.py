@@ -1,0 +1,63 @@
+"""A gradient that was made in the forward times what the backward brings: usually 1, which only the device knows.
+
+Limit: nothing where the factor is 1 (a program reads four bytes and ends); else one read and one write in place, with
+no second [V, H] beside it.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from asyncopd.kernels.compile_case import CompileCase
+from asyncopd.kernels.launch import INTERPRET, on_device
+from asyncopd.kernels.numeric import to_storage
+
+BLOCK = 4096
+
+
+@triton.jit
+def _scale_kernel(
+    values,  # [size], contiguous
+    factor,  # ()
+    size,
+    BLOCK: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        value = tl.load(values + at, mask=at < size, other=0.0).to(tl.float32)
+        # What the caller dropped has gradient 0, even where it is NaN.
+        value = tl.where(by == 0.0, 0.0, value * by)
+        tl.store(values + at, to_storage(value, values.dtype.element_ty, INTERPRET), mask=at < size)
+
+
+def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor (), in place and in fp32; 0 where the factor is 0. The gradient is contiguous."""
+    if not gradient.is_contiguous():
+        raise ValueError(f"gradient: got strides {list(gradient.stride())}, expected a contiguous tensor")
+    size = gradient.numel()
+    if size:
+        with on_device(gradient):
+            _scale_kernel[(triton.cdiv(size, BLOCK),)](gradient, factor, size, BLOCK, INTERPRET, num_warps=8)
+
+
+def compile_cases() -> list[CompileCase]:
+    return [
+        CompileCase(
+            name=f"scale-{dtype}",
+            kernel=_scale_kernel,
+            signature={
+                "values": f"*{dtype}",
+                "factor": "*fp32",
+                "size": "i64",
+                "BLOCK": "constexpr",
+                "INTERPRET": "constexpr",
+            },
+            constexprs={"BLOCK": BLOCK, "INTERPRET": False},
+            num_warps=8,
+            max_registers=40,
+            divisible=("values", "factor", "size"),
+        )
+        for dtype in ("bf16", "fp16", "fp32")
+    ]

@@ -1,0 +1,203 @@
+"""The exact head's walk on Triton against the reference in fp64, in blocks so small that a row crosses many of them."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from asyncopd import kernels
+from asyncopd.backends import reference
+from asyncopd.backends.loss_spec import LossSpec
+from asyncopd.kernels import head_walk
+
+INF, NAN = float("inf"), float("nan")
+DEVICE = "cpu" if kernels.launch.INTERPRET else "cuda"
+# Relative to the largest: what sums of a few dozen terms of these dtypes may lose.
+TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+DTYPES = list(TOLERANCE)
+PLAIN = (1.0, 1.0, None)
+SCALARS = [PLAIN, (0.7, 2.0, None), (1.3, -0.4, 3.0)]
+V, K = 300, 5
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three blocks of 128 columns at V = 300, the last of them not full."""
+    monkeypatch.setattr(head_walk, "TILE_ELEMENTS", 1)
+
+
+class Problem:
+    """hidden [N, H] with NaN where it is masked, weight [V, H], ids with a double one, pads and a row of pads."""
+
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        rows: int = 11,
+        width: int = 16,
+        *,
+        bias: bool = True,
+        mask: bool = True,
+    ) -> None:
+        rng = torch.Generator().manual_seed(rows * 7919 + width)
+        self.hidden = torch.randn(rows, width, generator=rng).to(dtype)
+        self.weight = torch.randn(V, width, generator=rng).to(dtype)
+        self.bias = torch.randn(V, generator=rng).to(dtype) if bias else None
+        self.ids = torch.randint(-1, V, (rows, K), generator=rng)
+        self.ids[0, 1], self.ids[2] = self.ids[0, 0], -1
+        self.mask = torch.rand(rows, generator=rng) < 0.6 if mask else None
+        if self.mask is not None:
+            self.mask[0] = True
+            self.hidden[~self.mask] = NAN
+        self.teacher = torch.randn(rows, K, generator=rng).log_softmax(1)
+        self.log_weights = torch.randn(rows, K, generator=rng)
+        self.grad = torch.randn(rows, K, generator=rng)
+
+    def head(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        return self.hidden, self.weight, self.ids, self.bias, self.mask
+
+
+def on_device(*arguments: object) -> list[object]:
+    return [a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments]
+
+
+def in_fp64(*arguments: object) -> list[object]:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+
+
+def close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    assert actual.shape == expected.shape
+    if expected.numel():
+        largest = expected.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
+        rounding = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # what is lost below the normal numbers
+        torch.testing.assert_close(
+            actual.cpu().double(), expected, rtol=0.0, atol=TOLERANCE[dtype] * largest + rounding, equal_nan=True
+        )
+
+
+@pytest.mark.parametrize("scalars", SCALARS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward(dtype: torch.dtype, scalars: tuple[float, float, float | None]) -> None:
+    problem = Problem(dtype)
+    actual = kernels.linear_gather_logprobs(*on_device(*problem.head()), *scalars)
+    expected = reference.linear_gather_logprobs(*in_fp64(*problem.head()), *scalars)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.cpu().double(), e, rtol=1e-6, atol=3e-6)
+    lse = kernels.linear_logsumexp(*on_device(*problem.head()[:2], problem.bias, problem.mask), *scalars)
+    torch.testing.assert_close(lse, actual[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scalars", SCALARS, ids=str)
+@pytest.mark.parametrize(("dtype", "need_weight"), [*((dtype, True) for dtype in DTYPES), (torch.float32, False)])
+def test_backward(dtype: torch.dtype, scalars: tuple[float, float, float | None], need_weight: bool) -> None:
+    problem = Problem(dtype, bias=need_weight, mask=need_weight)
+    hidden, weight, ids, bias, mask = problem.head()
+    lse = reference.linear_logsumexp(*in_fp64(hidden, weight, bias, mask), *scalars)
+    arguments = (problem.grad, hidden, weight, lse, ids, bias, mask)
+    expected = reference.linear_gather_logprobs_backward(*in_fp64(*arguments), *scalars, need_weight)
+    arguments = (problem.grad, hidden, weight, lse.float(), ids, bias, mask)
+    actual = kernels.linear_gather_logprobs_backward(*on_device(*arguments), *scalars, need_weight)
+    for a, e, like in zip(actual, expected, (hidden, weight, weight), strict=True):
+        assert a.dtype == like.dtype
+        close(a, e, dtype)
+
+
+# Where the e of the rows lie: all inside dW; some in it, some beside, some multiplied again; nothing kept beside;
+# no dW to be in.
+ROOM = {
+    "inside": (16, 1 << 30, True),
+    "everywhere": (4, 3 * V * 4, True),
+    "again": (4, 0, True),
+    "frozen": (4, 1, False),
+}
+
+
+@pytest.mark.parametrize("scalars", SCALARS[1:], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "room"), [*((torch.float32, room) for room in ROOM), *((dtype, "everywhere") for dtype in DTYPES[1:])]
+)
+def test_loss_and_its_gradients(
+    dtype: torch.dtype, room: str, scalars: tuple[float, float, float | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width, beside, need_weight = ROOM[room]
+    monkeypatch.setattr(head_walk, "KEPT_BYTES", beside)
+    problem = Problem(dtype, width=width, bias=room != "inside", mask=room != "everywhere")
+    compare_losses(problem, scalars, need_weight, 4.0)
+
+
+def compare_losses(
+    problem: Problem, scalars: tuple[float, float, float | None], need_weight: bool, denominator: float
+) -> None:
+    hidden, weight, ids, bias, mask = problem.head()
+    spec = LossSpec(head_is_certain=False)
+    tensors = (hidden, weight, bias, mask, ids, problem.teacher, problem.log_weights, None, torch.tensor(denominator))
+    expected = reference.linear_kl(*in_fp64(*tensors), *scalars, True, need_weight, spec)
+    actual = kernels.linear_kl(*on_device(*tensors), *scalars, True, need_weight, spec)
+    torch.testing.assert_close(actual[0].cpu().double(), expected[0], rtol=5e-6, atol=5e-6)
+    torch.testing.assert_close(actual[1].cpu().double(), expected[1], rtol=5e-3, atol=5e-6)  # p99 is a histogram's
+    for a, e in zip(actual[2:], expected[2:], strict=True):
+        close(a, e, hidden.dtype)
+
+
+def test_room_is_used_as_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the cases above would test one path under four names."""
+    monkeypatch.setattr(head_walk, "KEPT_BYTES", 2 * V * 2)
+    weight = torch.randn(V, 4, dtype=torch.bfloat16)
+    head = head_walk.Head(weight, None, *PLAIN)
+    assert [part.rows for part in head_walk.room_for(11, torch.empty_like(weight), head)] == [slice(0, 4), slice(4, 6)]
+    assert [part.rows for part in head_walk.room_for(3, torch.empty_like(weight), head)] == [slice(0, 3)]
+    assert [part.rows for part in head_walk.room_for(11, None, head)] == [slice(0, 2)]
+    assert head_walk.room_for(11, weight, head_walk.Head(weight, None, 1.0, 1.0, 3.0)) == []
+
+
+def test_small_gradients_survive_fp16() -> None:
+    """A mean over a large batch: 1e-9 beside a head whose smallest number is 6e-8; its unit is taken out first."""
+    problem = Problem(torch.float16, mask=False)
+    problem.hidden *= 500
+    problem.weight /= 500
+    compare_losses(problem, PLAIN, True, 3e6)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_infinite_and_nan_logits(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """-inf bias: no probability and no gradient. A NaN row is its own affair if its coefficients are 0."""
+    if not kept:
+        monkeypatch.setattr(head_walk, "room_for", lambda *_: [])
+        monkeypatch.setattr("asyncopd.kernels.head_loss.room_for", lambda *_: [])
+    problem = Problem(mask=False)
+    assert problem.bias is not None
+    problem.bias[torch.arange(V) % 3 == 0] = -INF
+    problem.bias[128:256] = -INF  # a whole tile
+    problem.hidden[2] = NAN  # the row of pads
+    compare_losses(problem, PLAIN, True, 2.0)
+
+
+def test_nothing_depends_on_masked_rows() -> None:
+    problem = Problem()
+    hidden, weight, ids, bias, mask = problem.head()
+    assert mask is not None
+    whole = kernels.linear_gather_logprobs(*on_device(hidden, weight, ids, bias, mask), *PLAIN)
+    alone = kernels.linear_gather_logprobs(*on_device(hidden[mask], weight, ids[mask], bias, None), *PLAIN)
+    for w, a in zip(whole, alone, strict=True):
+        torch.testing.assert_close(w[mask.to(DEVICE)], a, rtol=1e-6, atol=2e-6)
+
+
+def test_no_rows_and_no_valid_rows() -> None:
+    problem = Problem()
+    hidden, weight, ids, bias, _ = problem.head()
+    nobody = torch.zeros(hidden.shape[0], dtype=torch.bool)
+    logprobs, lse = kernels.linear_gather_logprobs(*on_device(hidden, weight, ids, bias, nobody), *PLAIN)
+    assert (logprobs == -INF).all()
+    assert (lse == 0).all()
+    problem.mask = nobody
+    compare_losses(problem, PLAIN, True, 1.0)
+    empty = kernels.linear_gather_logprobs(*on_device(hidden[:0], weight, ids[:0], bias, None), *PLAIN)
+    assert [tuple(t.shape) for t in empty] == [(0, K), (0,)]
+
+
+def test_blocks_cover_the_vocabulary_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_walk, "TILE_ELEMENTS", 1 << 25)
+    for rows, vocab in ((1, 1), (8192, 151_936), (64, 151_936), (0, 100), (10**6, 1000), (4096, 262_144)):
+        blocks = list(head_walk.column_blocks(rows, vocab))
+        assert [0, *(cols.stop for cols in blocks)] == [*(cols.start for cols in blocks), vocab]
+        widest = blocks[0].stop
+        assert widest % head_walk.tile_columns(vocab) == 0 or len(blocks) == 1
+        assert widest <= max(128, vocab // 2)
