@@ -34,16 +34,12 @@ class Backend:
     name: str
     dtype: torch.dtype
 
-    @property
-    def device(self) -> str:
-        return DEVICES.get(self.name, "cpu")
-
     def tensor(self, values: Tensor) -> Tensor:
-        """Float values in this backend's dtype, ids as they are, on its device."""
-        return values.to(self.device, self.dtype) if values.is_floating_point() else values.to(self.device)
+        """Float values in this backend's dtype, ids as they are."""
+        return values.to(self.dtype) if values.is_floating_point() else values
 
     def close(self, actual: Tensor, expected: Tensor) -> None:
         """Fail unless `actual` has this backend's dtype and is within its rounding of `expected` (fp64)."""
         assert actual.dtype == self.dtype
         rtol, atol = TOLERANCES[self.dtype]
-        torch.testing.assert_close(actual.double().cpu(), expected.double().cpu(), rtol=rtol, atol=atol, equal_nan=True)
+        torch.testing.assert_close(actual.double(), expected.double(), rtol=rtol, atol=atol, equal_nan=True)

@@ -72,7 +72,7 @@ def full_support(log_q: Tensor) -> Support:
 
 
 def on(backend: Backend, s: Support) -> Support:
-    """The same support on a backend's device, its scores in the backend's dtype."""
+    """The same support, its scores in the backend's dtype."""
     return Support(*map(backend.tensor, (s.ids, s.teacher_logprobs, s.log_weights)), s.draw)
 
 

@@ -63,12 +63,11 @@ def test_two_micro_batches_add_up(
 
 
 def test_a_bf16_weight_with_an_fp32_gradient_is_not_rounded_in_between(engine: str, rng: torch.Generator) -> None:
-    device = Backend(engine, torch.float32).device
-    hidden = torch.ones(2, 3, dtype=torch.bfloat16, device=device, requires_grad=True)
-    weight = torch.ones(4, 3, dtype=torch.bfloat16, device=device)
-    weight_grad = torch.full((4, 3), 2.0**-9, device=device)
-    logits = linear_gather_logits_into(hidden, weight, torch.tensor([[1], [1]], device=device), weight_grad)
-    logits.backward(torch.tensor([[1.0], [2.0**-12]], device=device))
+    hidden = torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.ones(4, 3, dtype=torch.bfloat16)
+    weight_grad = torch.full((4, 3), 2.0**-9)
+    logits = linear_gather_logits_into(hidden, weight, torch.tensor([[1], [1]]), weight_grad)
+    logits.backward(torch.tensor([[1.0], [2.0**-12]]))
     assert weight_grad[:, 0].tolist() == [2.0**-9, 1 + 2.0**-12 + 2.0**-9, 2.0**-9, 2.0**-9]
     assert hidden.grad is not None
     assert hidden.grad.dtype == torch.bfloat16

@@ -110,6 +110,7 @@ def test_a_nan_row_is_nan_and_its_neighbours_are_not(backend: Backend, rng: torc
     assert (logits.grad[1] == 0).all()
 
 
+@pytest.mark.host_only
 @pytest.mark.parametrize("bad", [-2, 23, 2**31 - 1, -(2**31)])
 def test_ids_out_of_range_are_refused_by_name(engine: str, rng: torch.Generator, bad: int) -> None:
     logits, ids = inputs(rng)

@@ -99,6 +99,7 @@ def test_int32_ids_are_the_same_ids(backend: Backend, rng: torch.Generator) -> N
     assert torch.equal(same, linear_gather_logprobs(hidden, weight, ids))
 
 
+@pytest.mark.host_only
 @pytest.mark.parametrize("bad", [-2, 9])
 def test_ids_out_of_range_are_refused_by_name(engine: str, rng: torch.Generator, bad: int) -> None:
     hidden, weight, _, ids = head(rng, 5, 4, 9, 3)

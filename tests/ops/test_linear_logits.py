@@ -114,6 +114,7 @@ def test_masked_rows_that_are_not_compacted(rng: torch.Generator, monkeypatch: p
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.host_only
 @pytest.mark.parametrize("bad", [-2, 17])
 def test_ids_out_of_range_are_refused_by_name(backend: Backend, rng: torch.Generator, bad: int) -> None:
     hidden, weight, bias, ids, _ = head(backend, rng)

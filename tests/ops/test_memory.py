@@ -62,6 +62,7 @@ def test_the_sampled_normalisation_never_walks_the_vocabulary(engine: str) -> No
     assert largest_allocation(calls(torch.float32)["reverse_sampled"]) <= max(N * K * H, V * H) * 4
 
 
+@pytest.mark.host_only
 @pytest.mark.ops("linear_kl", "scale_gradient_")
 def test_the_backward_of_the_fused_loss_holds_no_second_weight_gradient(engine: str) -> None:
     """Not even where the loss is divided by the number of micro-batches."""

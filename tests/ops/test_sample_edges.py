@@ -40,6 +40,7 @@ def test_a_rollouts_token_that_is_in_the_head_replaces_nothing(backend: Backend,
     backend.close(draw.log_weights[:, 3:], rest - math.log(2) - z.double().gather(1, draw.ids[:, 3:]))
 
 
+@pytest.mark.host_only
 def test_a_rollouts_token_without_probability_is_refused(engine: str) -> None:
     z = torch.zeros(2, 4)
     z[1, 3] = -INF
@@ -47,6 +48,7 @@ def test_a_rollouts_token_without_probability_is_refused(engine: str) -> None:
         sample_support(z, num_samples=2, seed=0, sampled_ids=torch.tensor([0, 3]))
 
 
+@pytest.mark.host_only
 @pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1])
 def test_a_rollouts_token_outside_the_vocabulary_is_refused(engine: str, bad: int) -> None:
     with pytest.raises(ValueError, match=r"sampled_ids"):

@@ -1,0 +1,45 @@
+"""Carrying arguments to a device and back, with the CPU as the device."""
+
+import pytest
+import torch
+from carried import carried, carry, install
+
+import asyncopd
+from asyncopd import backends
+
+
+def test_a_copy_lies_in_memory_as_the_tensor_does() -> None:
+    whole = torch.arange(60.0).view(6, 10)
+    for view in (whole, whole[1:, 3:7], whole.t(), whole[:1].expand(4, 10), whole[2:2], torch.tensor(3.0)):
+        copy = carry(view, "cpu")
+        assert torch.equal(copy, view)
+        assert (copy.stride(), copy.storage_offset()) == (view.stride(), view.storage_offset())
+        assert copy.untyped_storage().data_ptr() != view.untyped_storage().data_ptr()
+
+
+def test_what_an_op_writes_comes_back() -> None:
+    def add_into(out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        out += x
+        return out.sum()
+
+    out = torch.ones(4, 6)[:, ::2]
+    assert carried(add_into, "cpu")(out, torch.ones(3)) == 24
+    assert (out == 2).all()
+
+
+def test_every_call_of_a_backend_is_carried(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = backends.module("reference").topk_logprobs
+
+    def watched(logits: torch.Tensor, k: int, temperature: float) -> object:
+        seen.append(logits.data_ptr())
+        return real(logits, k, temperature)
+
+    monkeypatch.setattr(backends.module("reference"), "topk_logprobs", watched)
+    monkeypatch.setenv("ASYNCOPD_BACKEND", "cpu")  # which the carried one takes the place of
+    install(monkeypatch, "reference", "cpu")
+    logits = torch.randn(3, 7)
+    ids = asyncopd.topk_logprobs(logits, 2).ids
+    assert torch.equal(ids, logits.topk(2).indices)
+    assert len(seen) == 1
+    assert seen[0] != logits.data_ptr()
