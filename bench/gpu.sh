@@ -129,7 +129,7 @@ fi
 limit_of() {
     case $1 in
         build) echo 90 ;;
-        triton) echo 150 ;;
+        triton) echo 240 ;;
         bench) echo 225 ;;
         sanitize) echo 75 ;;
         *) echo 60 ;;

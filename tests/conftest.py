@@ -24,9 +24,7 @@ def _engines(ops: set[str], host_only: bool) -> list[str]:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "ops(*names): the ops of asyncopd.backends that a test runs")
-    config.addinivalue_line(
-        "markers", "host_only: of a refusal that a device would have to wait for, and does not make"
-    )
+    config.addinivalue_line("markers", "host_only: about CPU tensors themselves, of which a GPU's backend gets copies")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
