@@ -23,6 +23,7 @@ from torch import Tensor
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import DTYPES, INTERPRET, on_device
 from asyncopd.kernels.numeric import to_storage
+from asyncopd.kernels.tuning import choose
 
 GROUP_ROWS = 8  # tiles: 1,024 rows of a, 8 MiB at K = 4,096, stay in the L2 while b streams by
 ALL, ROWS, DEPTH = 0, 1, 2  # what a count counts
@@ -197,16 +198,21 @@ def _product_kernel(
 
 def tile_for(a: Tensor, rows: int, columns: int) -> Tile:
     """The large tile where it keeps every SM busy."""
+    return tiles_for(a, rows, columns)[0]
+
+
+def tiles_for(a: Tensor, rows: int, columns: int) -> tuple[Tile, ...]:
+    """All that are compiled ahead of time for a's device and dtype; the one to take by the model first."""
     if a.dtype == torch.float32:
-        return FP32
+        return (FP32,)
     if a.device.type != "cuda":
-        return LARGE[9]
+        return LARGE[9], SMALL[9]
     capability = torch.cuda.get_device_capability(a.device)[0]
     # Others have no more shared memory than sm_80, and its instructions.
     large, small = LARGE.get(capability, LARGE[8]), SMALL.get(capability, SMALL[8])
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count
     busy = triton.cdiv(rows, large.BM) * triton.cdiv(columns, large.BN) >= processors
-    return large if busy else small
+    return (large, small) if busy else (small, large)
 
 
 def product(
@@ -254,31 +260,37 @@ def cublas_sums_in_fp32(a: Tensor, out: Tensor) -> bool:
 
 def _launch(a: Tensor, b: Tensor, out: Tensor, count: Tensor | None, counted: int, accumulate: bool) -> None:
     (rows, depth), columns = a.shape, b.shape[1]
-    tile = tile_for(a, rows, columns)
-    programs = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
-    with on_device(a):
-        _product_kernel[(programs,)](
-            a,
-            b,
-            out,
-            count,
-            rows,
-            columns,
-            depth,
-            *a.stride(),
-            *b.stride(),
-            out.stride(0),
-            tile.BM,
-            tile.BN,
-            tile.BK,
-            GROUP_ROWS,
-            counted,
-            depth % tile.BK == 0 and counted != DEPTH,
-            accumulate,
-            INTERPRET,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+
+    def run(tile: Tile, out: Tensor) -> None:
+        programs = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
+        with on_device(a):
+            _product_kernel[(programs,)](
+                a,
+                b,
+                out,
+                count,
+                rows,
+                columns,
+                depth,
+                *a.stride(),
+                *b.stride(),
+                out.stride(0),
+                tile.BM,
+                tile.BN,
+                tile.BK,
+                GROUP_ROWS,
+                counted,
+                depth % tile.BK == 0 and counted != DEPTH,
+                accumulate,
+                INTERPRET,
+                num_warps=tile.num_warps,
+                num_stages=tile.num_stages,
+            )
+
+    layout = f"{'nt'[a.stride(0) == 1]}{'nt'[b.stride(0) == 1]} {a.dtype} to {out.dtype}"
+    shape = {"rows": rows, "columns": columns, "depth": depth, "layout": layout, "counted": counted}
+    candidates = tiles_for(a, rows, columns)
+    run(choose("gemm", shape, candidates, lambda tile: run(tile, torch.empty_like(out))), out)
 
 
 def _check(a: Tensor, b: Tensor, out: Tensor, count: Tensor | None, counted: str) -> None:

@@ -26,7 +26,11 @@ FILES = {
         15,
     ),
     "own-products": (
-        ["tests/backends/test_triton_kernel_gemm.py", "tests/backends/test_triton_kernel_linear_topk.py"],
+        [
+            "tests/backends/test_triton_kernel_gemm.py",
+            "tests/backends/test_triton_kernel_linear_topk.py",
+            "tests/backends/test_triton_kernel_tuning.py",
+        ],
         "",
         100,
     ),
