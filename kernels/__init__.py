@@ -2,7 +2,8 @@
 
 Functions named as ops are what the `triton` backend runs; each has the reference's arguments. They launch on the
 tensors' device and its current stream, without synchronising. TRITON_INTERPRET=1, set before the first import, runs
-them on the CPU, slowly, for tests.
+them on the CPU, slowly, for tests. Block sizes come from the cost models in the modules; ASYNCOPD_AUTOTUNE=FILE has
+those of the products measured, and records the choices (tuning.py).
 
 Not yet run on a GPU: interpreted, compiled ahead of time and inspected, nothing more.
 """
