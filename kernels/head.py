@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends.reference.linear import Head, rows_with_gradient
-from asyncopd.backends.reference.rows import PAD, check_ids_in_range
+from asyncopd.backends.reference.rows import PAD, check_ids_in_range, normalized
 from asyncopd.kernels.head_walk import Gradients, Rows, Walk
 from asyncopd.kernels.sparse_head import linear_gather_logits
 
@@ -69,7 +69,7 @@ def linear_gather_logprobs_backward(
     scores = linear_gather_logits(hidden_used, weight, held, bias, None, temperature, logit_scale, softcap)
     lse = rows.take(lse)
     walk.at_ids = scores * temperature
-    walk.backward(rows.take(grad.float()), scores - lse[:, None], lse, [], gradients)
+    walk.backward(rows.take(grad.float()), normalized(scores, lse, ids_used), lse, [], gradients)
     return finished(gradients, rows, hidden, weight, bias)
 
 

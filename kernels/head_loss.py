@@ -7,7 +7,7 @@ from torch import Tensor
 from asyncopd import backends
 from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference.linear import Head
-from asyncopd.backends.reference.rows import check_ids_in_range
+from asyncopd.backends.reference.rows import check_ids_in_range, compute_dtype
 from asyncopd.kernels.head import finished
 from asyncopd.kernels.head_walk import Gradients, Rows, Walk, room_for
 
@@ -41,7 +41,7 @@ def linear_kl(
 
     walk = Walk(hidden_used, ids_used, head, rows.count)
     logprobs, lse = walk.forward(kept)
-    kl_rows = backends.select("kl_rows", hidden.device, torch.float32)
+    kl_rows = backends.select("kl_rows", hidden.device, compute_dtype(hidden, teacher))
     row_losses, coef, metrics = kl_rows(logprobs, teacher, log_weights, ids_used, None, proximal, spec)
     # A row without coefficients adds nothing, whatever its hidden state holds: 0 * NaN in a product would.
     walk.hidden = torch.where((coef != 0).any(dim=1, keepdim=True), walk.hidden, 0.0)

@@ -147,11 +147,11 @@ def backward_kernel(
         if FROM_KEPT:
             peak = tl.load(tile_peaks + row.to(tl.int64) * tiles + first // TILE + tile)
             origin = tl.where(tl.abs(peak) == INF, 0.0, peak)
-            # A tile without mass has e = 0; a row without mass or gradient never multiplies its e, which may be NaN.
-            share = tl.exp2(tl.fma(origin, t, -row_lse) * LOG2E)
-            share = tl.where((total == 0.0) | (row_lse == -INF), 0.0, share * (-total * t))
-            value = tl.where(value == 0.0, 0.0, value * share) * logit_scale
-            value = tl.where(share == 0.0, 0.0, value)
+            share = tl.exp2(tl.fma(origin, t, -row_lse) * LOG2E) * (-total * t)
+            # Where there is no mass there is nothing of an infinite share either, but a NaN row is NaN everywhere.
+            value = tl.where(value == 0.0, tl.where(row_lse == row_lse, 0.0, NAN), value * share) * logit_scale
+            # A row without mass or gradient never multiplies its e, which may be NaN.
+            value = tl.where((total == 0.0) | (row_lse == -INF), 0.0, value)
         else:
             b = 0.0
             if HAS_BIAS:

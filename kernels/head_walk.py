@@ -33,14 +33,17 @@ KEPT_BYTES = 560 << 20
 WARPS = 8
 
 
-def tile_columns(vocab: int) -> int:
-    """Columns of one (peak, sum): a power of two."""
-    return min(head_tile.MAX_TILE, max(128, triton.next_power_of_2(triton.cdiv(vocab, 4))))
+def tile_columns(rows: int, vocab: int) -> int:
+    """Columns of one (peak, sum): a power of two, and few enough that a block of one such tile is within bounds."""
+    tile = min(head_tile.MAX_TILE, triton.next_power_of_2(triton.cdiv(vocab, 4)))
+    while rows * tile > TILE_ELEMENTS:
+        tile //= 2
+    return max(128, tile)
 
 
 def column_blocks(rows: int, vocab: int) -> Iterator[slice]:
     """Blocks whose tile of products has about TILE_ELEMENTS, and is at most about a quarter of all logits."""
-    tile = tile_columns(vocab)
+    tile = tile_columns(rows, vocab)
     width = max(tile, min(TILE_ELEMENTS // max(1, rows), triton.cdiv(vocab, 4)) // tile * tile)
     for start in range(0, vocab, width):
         yield slice(start, min(start + width, vocab))
@@ -139,10 +142,14 @@ class Tiles:
             yield cols, memory[: rows * width].view(rows, width)
 
 
-def _unit(grad: Tensor) -> Tensor:
-    """The largest gradient: a mean's, divided by thousands of rows, would be lost in fp16, which ends at 6e-8."""
-    largest = torch.where(torch.isfinite(grad), grad.abs(), 0.0).amax() if grad.numel() else grad.new_zeros(())
-    return torch.where(largest > 0, largest, 1.0)
+def _unit(grad: Tensor, totals: Tensor, slope: float) -> Tensor:
+    """About the largest dx: a mean's, divided by thousands of rows, would be lost in fp16, which ends at 6e-8."""
+    if grad.numel() == 0:
+        return grad.new_ones(())
+    # Equal ids add up, at most to the sum of a row's magnitudes.
+    largest = torch.maximum(grad.abs().sum(dim=1), totals.abs())
+    unit = torch.where(torch.isfinite(largest), largest, 0.0).amax() * slope
+    return torch.where(unit > 0, unit, 1.0)
 
 
 @dataclass(slots=True)
@@ -160,7 +167,7 @@ class Gradients:
             if need_hidden
             else None,
             torch.empty_like(head.weight, memory_format=torch.contiguous_format) if need_weight else None,
-            None if head.bias is None else torch.empty(head.bias.shape, device=hidden.device),
+            None if head.bias is None else torch.empty(head.bias.shape, dtype=torch.float32, device=hidden.device),
         )
 
     def add(
@@ -191,9 +198,10 @@ class Walk:
 
     def __init__(self, hidden: Tensor, ids: Tensor, head: Head, count: Tensor | None) -> None:
         self.hidden, self.ids, self.count = hidden.contiguous(), ids.contiguous(), count
-        self.head = head if head.weight.stride(1) == 1 else replace(head, weight=head.weight.contiguous())
+        weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
+        self.head = replace(head, weight=weight, bias=None if head.bias is None else head.bias.contiguous())
         rows, self.vocab = hidden.shape[0], head.weight.shape[0]
-        self.tile = tile_columns(self.vocab)
+        self.tile = tile_columns(rows, self.vocab)
         self.scale = Scale.of(head.temperature)
         self.at_ids = self._empty(*ids.shape)
         tiles = triton.cdiv(self.vocab, self.tile)
@@ -242,9 +250,11 @@ class Walk:
     def backward(self, grad: Tensor, logprobs: Tensor, lse: Tensor, kept: list[Kept], gradients: Gradients) -> None:
         """Gradients of sum(grad * log p), grad [rows, K]; `at_ids` holds y at the ids, by the forward or the caller."""
         rows, weight = self.hidden.shape[0], self.head.weight
-        unit = _unit(grad) if weight.dtype == torch.float16 else None
-        grad = grad if unit is None else grad / unit
         totals = grad.masked_fill(self.ids == PAD, 0.0).sum(dim=1)
+        unit = None
+        if weight.dtype == torch.float16:
+            unit = _unit(grad, totals, abs(self.head.logit_scale) / self.head.temperature)
+            grad, totals = grad / unit, totals / unit
         values = self._values(grad, logprobs, totals)
         rest = slice(kept[-1].rows.stop if kept else 0, rows)
         count = None if self.count is None else (self.count - rest.start).clamp(min=0)

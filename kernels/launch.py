@@ -30,9 +30,9 @@ class Scale(NamedTuple):
 
 
 def float_pair(value: float) -> tuple[float, float]:
-    """An fp64 number as the sum of two fp32 ones; the largest finite one where it is too large."""
-    high = _as_fp32(min(value, LARGEST))
-    return high, _as_fp32(value - high) if value < LARGEST else 0.0
+    """An fp64 number as the sum of two fp32 ones; the largest finite one of its sign where it is too large."""
+    high = _as_fp32(max(-LARGEST, min(value, LARGEST)))
+    return high, _as_fp32(value - high) if abs(value) < LARGEST else 0.0
 
 
 def _as_fp32(value: float) -> float:

@@ -43,7 +43,6 @@ def linear_gather_logits(
     """
     hidden, weight, ids = _check(hidden, weight, ids, bias, mask, temperature, softcap)
     if mask is not None:
-        # Not torch.where, which copies a scalar to the device: that would synchronise.
         ids = ids.masked_fill(~mask[:, None], -1)
     scalars = Factors.of(temperature, logit_scale, softcap)
     bias = None if bias is None else bias.to(torch.float32).contiguous()

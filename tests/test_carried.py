@@ -27,6 +27,16 @@ def test_what_an_op_writes_comes_back() -> None:
     assert (out == 2).all()
 
 
+def test_what_an_op_must_not_write_shows() -> None:
+    def spoil(x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2)
+
+    with pytest.raises(AssertionError, match="spoil changed one of its arguments"):
+        carried(spoil, "cpu")(torch.ones(3))
+    nothing = torch.tensor([float("nan"), -0.0])
+    assert torch.equal(carried(torch.isnan, "cpu")(nothing.expand(2, 2)), torch.tensor([[True, False]] * 2))
+
+
 def test_every_call_of_a_backend_is_carried(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = backends.module("reference").topk_logprobs

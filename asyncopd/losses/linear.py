@@ -22,7 +22,7 @@ from asyncopd.losses.options import Baseline, Normalize, Reduction, Tail
 from asyncopd.losses.reduce import check_reduction, denominator, reduce_rows
 from asyncopd.ops import checks
 from asyncopd.ops.gather import gather_from_head
-from asyncopd.ops.head import prepare_head
+from asyncopd.ops.head import head_dtype, prepare_head
 from asyncopd.ops.linear_kl import loss_and_metrics
 from asyncopd.support import Support
 
@@ -121,8 +121,10 @@ def _linear_kl(
     work = head_work(spec)
     leaves = (hidden, weight) if bias is None else (hidden, weight, bias)
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in leaves)
-    # M2PO's threshold depends on all rows, so no row's gradient is known before every row's score is.
-    if work == "logprobs" and trains and reduction != "none" and spec.m2_budget is None:
+    # M2PO's threshold depends on all rows, so no row's gradient is known before every row's score is. fp16 gradients
+    # would be rounded before the scale of the loss is known (GradScaler) that is to keep them from being 0.
+    early = spec.m2_budget is None and reduction != "none" and head_dtype(hidden) != torch.float16
+    if work == "logprobs" and trains and early:
         loss, metrics = _with_gradients(
             hidden, weight, bias, support, mask, scalars, spec, proximal, reduction, num_items
         )

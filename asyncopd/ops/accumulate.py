@@ -83,7 +83,8 @@ def linear_gather_logits_into(
 
     For `reverse_kl(logits, support, normalize="sampled")` in a trainer that accumulates: instead of a dense gradient
     of the weight, autograd gets none, and weight_grad has it when `backward()` is through. Every backward adds; zeroing
-    between steps is the caller's. Eager only: a compiled graph cannot see that its backward changes the buffers.
+    between steps is the caller's. Eager only: a compiled graph cannot see that its backward changes the buffers. And
+    nothing is reduced over ranks: not for a head that DDP or FSDP manages, unless the caller averages the buffers.
 
     Args:
         hidden: [N, H], the only argument that autograd differentiates; it has to require grad.
@@ -95,6 +96,10 @@ def linear_gather_logits_into(
     Returns: [N, K] fp32 (fp64 for fp64); -inf at pads and in masked rows.
     Raises: TypeError, ValueError naming the argument.
     """
+    tensors = {"lm_head_weight": lm_head_weight, "bias": bias, "weight_grad": weight_grad, "bias_grad": bias_grad}
+    for name, tensor in tensors.items():
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(f"{name}: got a DTensor, expected a plain tensor with the whole of the head")
     hidden, weight, bias = prepare_head(hidden, lm_head_weight, bias, temperature, logit_scale, softcap)
     checks.check_ids("ids", ids, hidden, "hidden")
     mask = checks.check_mask(mask, hidden, "hidden")
@@ -113,8 +118,9 @@ def linear_gather_logits_into(
 def _check_gradient(name: str, gradient: Any, of: Tensor, widest: torch.dtype) -> None:
     if not isinstance(gradient, Tensor):
         raise TypeError(f"{name}: got {type(gradient).__name__}, expected a tensor")
-    if gradient.dtype not in (torch.bfloat16, torch.float16, torch.float32, widest):
-        raise TypeError(f"{name}: got {gradient.dtype}, expected bfloat16, float16 or {widest}")
+    dtypes = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32, widest))
+    if gradient.dtype not in dtypes:
+        raise TypeError(f"{name}: got {gradient.dtype}, expected {' or '.join(map(str, dtypes))}")
     if gradient.shape != of.shape or gradient.stride(-1) != 1:
         got = f"shape {list(gradient.shape)} with strides {list(gradient.stride())}"
         raise ValueError(f"{name}: got {got}, expected shape {list(of.shape)} with elements of a row side by side")

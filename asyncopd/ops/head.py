@@ -16,12 +16,23 @@ def prepare_head(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gather a sharded head, follow autocast as `F.linear` would, and check the rest."""
     weight, bias = _whole("lm_head_weight", weight), None if bias is None else _whole("bias", bias)
-    if isinstance(hidden, Tensor) and hidden.device.type != "meta" and torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        if hidden.dtype != torch.float64:
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
+    dtype = _autocast_dtype(hidden) if isinstance(hidden, Tensor) else None
+    if dtype is not None:
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
     checks.check_head(hidden, weight, bias, temperature, logit_scale, softcap)
     return hidden, weight, bias
+
+
+def head_dtype(hidden: Tensor) -> torch.dtype:
+    """What the head is multiplied in."""
+    return _autocast_dtype(hidden) or hidden.dtype
+
+
+def _autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    device = hidden.device.type
+    if device == "meta" or hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def _whole(name: str, tensor: Tensor) -> Tensor:

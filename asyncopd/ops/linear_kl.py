@@ -96,8 +96,9 @@ def _(
 def loss_and_metrics(*arguments: Any) -> tuple[Tensor, Tensor]:
     """`linear_kl` without its gradients: they are the backward's alone, which may scale them in place."""
     loss, metrics, *_ = linear_kl(*arguments)
-    if not torch.compiler.is_compiling() and loss.grad_fn is not None:
-        loss.grad_fn.owns_gradients = True  # the context that `_gradient` is given
+    # The context that `_gradient` is given; not so where functorch wraps it.
+    if not torch.compiler.is_compiling() and hasattr(loss.grad_fn, "gradients"):
+        loss.grad_fn.owns_gradients = True
     return loss, metrics
 
 
@@ -121,7 +122,17 @@ def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor 
     dhidden, dweight, dbias = (
         gradient if needed else None for gradient, needed in zip(scaled, ctx.needs_input_grad[:3], strict=True)
     )
+    if torch.is_grad_enabled():  # create_graph=True
+        dhidden, dweight, dbias = _without_derivative(dhidden, dweight, dbias)
     return dhidden, dweight, dbias, *(None,) * (6 + len(ctx.rest))
+
+
+def _without_derivative(*gradients: Tensor | None) -> Any:
+    """The same; who differentiates them is told, since they came without a graph and would count as constants."""
+    error: Any = torch._C._functions.DelayedError(
+        b"linear_kl: has no second derivative (its gradients were made in the forward)", len(gradients)
+    )
+    return error(*(None if g is None else g.detach().requires_grad_() for g in gradients))
 
 
 def _times(gradient: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:

@@ -8,7 +8,7 @@ from asyncopd.backends.reference.rows import compute_dtype, normalized
 from asyncopd.ops import checks
 from asyncopd.ops.head import prepare_head
 from asyncopd.support import TopK
-from asyncopd.vocab_parallel.shard import VocabShard, whole_logsumexp
+from asyncopd.vocab_parallel.shard import VocabShard, check_shard, whole_logsumexp
 
 _OPS = torch.ops.asyncopd
 
@@ -25,6 +25,7 @@ def vocab_parallel_topk_logprobs(logits: Tensor, k: int, shard: VocabShard, *, t
     Returns: as `topk_logprobs`, the same on every rank; ids are those of the whole vocabulary.
     Raises: TypeError, ValueError naming the argument.
     """
+    check_shard(shard)
     checks.check_matrix("logits", logits, "V_r")
     shard.check_size("logits", logits.shape, logits.shape[1])
     checks.check_count("k", k, 1, shard.vocab, "V")
@@ -52,6 +53,7 @@ def vocab_parallel_linear_topk_logprobs(
         k, shard: see `vocab_parallel_topk_logprobs`. The others: see `linear_topk_logprobs`.
     Returns and raises as `vocab_parallel_topk_logprobs`.
     """
+    check_shard(shard)
     shard.check_head(hidden, lm_head_weight, bias)
     hidden, weight, bias = prepare_head(hidden, lm_head_weight, bias, temperature, logit_scale, softcap)
     checks.check_count("k", k, 1, shard.vocab, "V")

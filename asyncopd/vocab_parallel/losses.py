@@ -13,7 +13,7 @@ from asyncopd.losses.reduce import check_reduction, reduce_rows
 from asyncopd.ops import checks
 from asyncopd.support import Support
 from asyncopd.vocab_parallel.scores import vocab_parallel_scores
-from asyncopd.vocab_parallel.shard import VocabShard
+from asyncopd.vocab_parallel.shard import VocabShard, check_shard
 
 
 def vocab_parallel_linear_reverse_kl(
@@ -101,6 +101,7 @@ def _vocab_parallel_kl(
     reduction: str,
     num_items: int | float | Tensor | None,
 ) -> Any:
+    check_shard(shard)
     check_reduction(reduction, num_items)
     mask = checks.check_mask(mask, hidden, "hidden")
     scores = vocab_parallel_scores(hidden, weight, support.ids, mask, head_work(spec), bias, *scalars, shard)

@@ -56,7 +56,7 @@ def vocab_parallel_scores(
 def _from_holders(scores: Tensor, local: Tensor, ids: Tensor, shard: VocabShard) -> Tensor:
     """Each score from the one rank that holds its id; all others add 0, so nothing is rounded."""
     # A device cannot refuse an id: this one nobody holds, and it shows.
-    return shard.sum(torch.where(local >= 0, scores, 0.0)).masked_fill_(ids >= shard.vocab, torch.nan)
+    return shard.sum(torch.where(local >= 0, scores, 0.0)).masked_fill_((ids >= shard.vocab) | (ids < PAD), torch.nan)
 
 
 class _LogProbs(torch.autograd.Function):

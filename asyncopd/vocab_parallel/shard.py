@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 class VocabShard:
     """This rank's ids, offset .. offset + size - 1, of a vocabulary that a process group holds together.
 
-    Made by `VocabShard.of`, once: that is a collective and synchronises; nothing else here does.
+    Made by `VocabShard.of`, once: that is a collective and synchronises; nothing else here does. What is refused later
+    is refused where it is wrong, before anything is sent: an argument that is wrong on some of the ranks only leaves
+    the others waiting until the group's timeout.
     """
 
     group: "ProcessGroup"
@@ -37,9 +39,6 @@ class VocabShard:
             vocab: V, what the sizes must add up to, if known.
         Raises: TypeError, ValueError naming the argument, on every rank where one of them was given a wrong size.
         """
-        for name, value in (("size", size), ("vocab", vocab)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise TypeError(f"{name}: got {type(value).__name__}, expected an int")
         if not (dist.is_available() and dist.is_initialized()):
             raise ValueError("group: torch.distributed is not initialised, expected init_process_group before")
         group = dist.group.WORLD if group is None else group
@@ -47,8 +46,14 @@ class VocabShard:
         rank = dist.get_rank(group)
         if rank < 0:
             raise ValueError("group: this rank is not one of it, expected a group that holds the caller")
-        everybody: list[tuple[int, int | None]] = [(0, None)] * dist.get_world_size(group)
-        dist.all_gather_object(everybody, (size, vocab), group=group)
+        # What is no int goes as its type's name, so that every rank refuses it.
+        mine = [type(v).__name__ if isinstance(v, bool) or not isinstance(v, int | None) else v for v in (size, vocab)]
+        everybody: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everybody, mine, group=group)
+        for other, (its_size, its_vocab) in enumerate(everybody):
+            for name, value in (("size", its_size if its_size is not None else "NoneType"), ("vocab", its_vocab)):
+                if isinstance(value, str):
+                    raise TypeError(f"{name}: got {value} on rank {other}, expected an int")
         sizes = tuple(size for size, _ in everybody)
         if min(sizes) < 1:
             raise ValueError(f"size: got {list(sizes)} on the ranks of the group, expected at least 1 on each")
@@ -87,7 +92,8 @@ class VocabShard:
         return out
 
     def sum(self, part: Tensor) -> Tensor:
-        """The sum of every rank's tensor, in the dtype that it has; `part` is overwritten with it."""
+        """The sum of every rank's tensor, in the dtype that it has; `part` may be overwritten with it."""
+        part = part.contiguous()  # memory is added up as it lies, and the layout is the caller's affair on each rank
         dist.all_reduce(part, group=self.group)
         return part
 
@@ -107,6 +113,11 @@ class VocabShard:
                 f"{name}: got shape {list(shape)}, expected the {self.size} ids of this shard, "
                 f"{self.offset}..{self.offset + self.size - 1} of {self.vocab}"
             )
+
+
+def check_shard(shard: VocabShard) -> None:
+    if not isinstance(shard, VocabShard):
+        raise TypeError(f"shard: got {type(shard).__name__}, expected a VocabShard (VocabShard.of(size, group))")
 
 
 def whole_logsumexp(parts: Tensor) -> Tensor:

@@ -261,9 +261,10 @@ cudaError_t launch_topk(const Problem& p) {
   const int k = static_cast<int>(p.k), parts = static_cast<int>(p.parts);
   const int segment_stride = static_cast<int>(p.segment_stride);
   const size_t bytes = shared_bytes<T>(k);
-  // Above 48 KiB in all a kernel has to be told, once for each device; it costs nothing to tell it again.
+  // Above 48 KiB in all a kernel has to be told, once for each device; it costs nothing to tell it again. Of the largest
+  // K, so that no other thread's call finds less than it needs.
   cudaError_t error = cudaFuncSetAttribute(topk_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           static_cast<int>(bytes));
+                                           static_cast<int>(shared_bytes<T>(kMaxK)));
   if (error != cudaSuccess) return error;
   const unsigned rows = static_cast<unsigned>(p.rows);
   error = launch(topk_kernel<T>, dim3(rows, static_cast<unsigned>(parts)), kThreads, bytes, p.stream, logits,

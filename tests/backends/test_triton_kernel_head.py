@@ -199,5 +199,57 @@ def test_blocks_cover_the_vocabulary_once(monkeypatch: pytest.MonkeyPatch) -> No
         blocks = list(head_walk.column_blocks(rows, vocab))
         assert [0, *(cols.stop for cols in blocks)] == [*(cols.start for cols in blocks), vocab]
         widest = blocks[0].stop
-        assert widest % head_walk.tile_columns(vocab) == 0 or len(blocks) == 1
+        assert widest % head_walk.tile_columns(rows, vocab) == 0 or len(blocks) == 1
         assert widest <= max(128, vocab // 2)
+
+
+@pytest.mark.parametrize("need_weight", [True, False], ids=["kept", "multiplied again"])
+def test_layouts_are_followed(need_weight: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_walk, "KEPT_BYTES", 0)
+    problem = Problem()
+    assert problem.bias is not None
+    problem.bias = torch.stack([problem.bias, torch.full_like(problem.bias, NAN)], 1)[:, 0]
+    problem.weight = problem.weight.t().contiguous().t()
+    problem.hidden = torch.cat([problem.hidden, problem.hidden], 1)[:, : problem.weight.shape[1]]
+    compare_losses(problem, PLAIN, need_weight, 2.0)
+
+
+def test_a_row_without_mass_has_no_nan() -> None:
+    problem = Problem(mask=False)
+    hidden, weight, ids, _, _ = problem.head()
+    bias, lse = torch.full((V,), -INF), torch.full((hidden.shape[0],), -INF)
+    arguments = (torch.ones_like(problem.grad), hidden, weight, lse, ids, bias, None)
+    expected = reference.linear_gather_logprobs_backward(*in_fp64(*arguments), *PLAIN, True)
+    actual = kernels.linear_gather_logprobs_backward(*on_device(*arguments), *PLAIN, True)
+    for a, e in zip(actual, expected, strict=True):
+        close(a, e)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_is_infinite_shows_where_the_reference_shows_it(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """+inf at one column of one row; NaN all over another."""
+    if not kept:
+        monkeypatch.setattr("asyncopd.kernels.head_loss.room_for", lambda *_: [])
+    problem = Problem(mask=False, bias=False)
+    problem.hidden[3], problem.hidden[4] = 0.0, NAN
+    problem.hidden[3, 0], problem.weight[:, 0] = INF, -1.0
+    problem.weight[200, 0] = 1.0
+    hidden, weight, ids, _, _ = problem.head()
+    spec = LossSpec(divergence="forward", metrics=False)
+    certain = torch.zeros_like(problem.teacher)
+    tensors = (hidden, weight, None, None, ids, problem.teacher, certain, None, torch.tensor(1.0))
+    expected = reference.linear_kl(*in_fp64(*tensors), *PLAIN, True, True, spec)
+    actual = kernels.linear_kl(*on_device(*tensors), *PLAIN, True, True, spec)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.cpu().isnan(), e.isnan())
+
+
+def test_tiles_shrink_with_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_walk, "TILE_ELEMENTS", 1 << 25)
+    assert [head_walk.tile_columns(rows, 151_936) for rows in (1, 8192, 8193, 65_536, 10**9)] == [
+        4096,
+        4096,
+        2048,
+        512,
+        128,
+    ]

@@ -165,3 +165,26 @@ def test_16_bit_gradients_sum_in_fp32(engine: str, rng: torch.Generator, dtype: 
         assert a.dtype == dtype
         ulp = torch.finfo(dtype).eps * 0.51
         torch.testing.assert_close(a.double(), b, rtol=ulp + 1e-5, atol=(terms + 1e-5) * b.abs().max().item())
+
+
+def test_a_second_derivative_is_refused(backend: Backend, rng: torch.Generator) -> None:
+    """The gradients have no graph, and a penalty on them would be a constant."""
+    hidden, weight, bias, support = problem(backend, rng, "samples")
+    loss = linear_reverse_kl(hidden, weight, support, bias=bias)
+    (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="linear_kl: has no second derivative"):
+        gradient.pow(2).sum().backward()
+
+
+def test_fp16_gradients_are_rounded_after_the_loss_is_scaled(engine: str, rng: torch.Generator) -> None:
+    """As GradScaler scales it, so that they are not 0: a mean over 2^16 rows, times 2^16."""
+    hidden, weight, _, support = problem(Backend(engine, torch.float32), rng, "samples", 16)
+    low = [t.detach().half().requires_grad_() for t in (hidden, weight)]
+    plain = gradients(linear_reverse_kl(*low, support, reduction="sum"), *low)
+    scaled = gradients(linear_reverse_kl(*low, support, reduction="sum", num_items_in_batch=None) / 2**16 * 2**16, *low)
+    mean = gradients(linear_reverse_kl(*low, support, num_items_in_batch=2**16) * 2**16, *low)
+    for a, b, c in zip(plain, scaled, mean, strict=True):
+        largest = a.abs().max().item()
+        for other in (b, c):
+            torch.testing.assert_close(a.double(), other.double(), rtol=2e-3, atol=2e-3 * largest)
+            assert ((a == 0) == (other == 0)).double().mean() > 0.99

@@ -115,3 +115,7 @@ def test_what_would_not_add_up_is_refused(rng: torch.Generator) -> None:
         linear_gather_logits_into(hidden, weight, ids, good, bias=bias)
     with pytest.raises(ValueError, match="bias_grad: got one"):
         linear_gather_logits_into(hidden, weight, ids, good, bias_grad=bias)
+    sharded = good.clone()
+    sharded.full_tensor = None  # type: ignore[attr-defined]  # as a DTensor has one
+    with pytest.raises(TypeError, match="weight_grad: got a DTensor, expected a plain tensor"):
+        linear_gather_logits_into(hidden, weight, ids, sharded)

@@ -112,6 +112,7 @@ def refusals(shard: VocabShard) -> dict[str, str]:
         "dtensor": lambda: reverse(p.hidden, sharded, p.support, shard),
         "id_too_large": lambda: reverse(p.hidden, weight, supports[0], shard),
         "id_below_the_pad": lambda: reverse(p.hidden, weight, supports[1], shard),
+        "shard": lambda: reverse(p.hidden, weight, p.support, 3),  # type: ignore[arg-type]
         "mask": lambda: reverse(p.hidden, weight, p.support, shard, mask=torch.ones(N + 1)),
         "option": lambda: reverse(p.hidden, weight, p.support, shard, tail="bucket"),
         "k": lambda: topk(torch.zeros(2, shard.size), V + 1, shard),
@@ -213,6 +214,19 @@ def unseen_id(shard: VocabShard) -> Tensor:
     return loss(p.hidden, p.weight[shard.offset :][: shard.size], support, shard, reduction="none")
 
 
+def layouts(shard: VocabShard) -> tuple[Tensor, Tensor]:
+    """Row losses with ids that lie otherwise on one of the ranks; and as they should be."""
+    p = problem(Case())
+    ids = p.support.ids
+    mine = ids.t().contiguous().t() if shard.rank == 0 else ids
+    args = p.support.teacher_logprobs, p.support.log_weights
+    loss, rest = asyncopd.vocab_parallel_linear_forward_kl, {"mask": p.mask, "reduction": "none"}
+    weight = p.weight[shard.offset :][: shard.size]
+    return loss(p.hidden, weight, Support(mine, *args), shard, **rest), loss(
+        p.hidden, weight, Support(ids, *args), shard, **rest
+    )
+
+
 def main(rank: int, folder: str, device: str, world: int) -> None:
     """Run everything on one kind of device; leave the results in a file per rank."""
     torch.set_num_threads(1)
@@ -243,6 +257,7 @@ def main(rank: int, folder: str, device: str, world: int) -> None:
         results["refusals"] = refusals(shard)
         results["features"] = features(shard)
         results["unseen id"] = unseen_id(shard)
+        results["layouts"] = layouts(shard)
         results["alone"] = alone(rank)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

@@ -177,8 +177,9 @@ SAID = {
     "logits": r"ValueError: logits: got shape \[2, {more}\], expected the {size} ids of this shard",
     "size": r"ValueError: size: got \[0, 1\] on the ranks of the group, expected at least 1",
     "vocab": r"ValueError: vocab: got 152 on rank 1, expected 151, the sum of the sizes \[130, 21\]",
-    "size_type": "TypeError: size: got float, expected an int",
-    "size_tensor": "TypeError: size: got Tensor, expected an int",
+    "size_type": "TypeError: size: got float on rank 0, expected an int",
+    "shard": r"TypeError: shard: got int, expected a VocabShard \(VocabShard.of\(size, group\)\)",
+    "size_tensor": "TypeError: size: got Tensor on rank 0, expected an int",
 }
 
 
@@ -206,6 +207,12 @@ def test_compiled_and_under_autocast(ranks: Results, how: str, what: str) -> Non
 def test_an_id_that_no_rank_holds_shows_where_it_cannot_be_refused(ranks: Results) -> None:
     for rank in ranks:
         assert rank["unseen id"].isnan().tolist() == [True, False, False, False, False, False, False]
+
+
+@gloo
+def test_ids_may_lie_otherwise_on_one_of_the_ranks(ranks: Results) -> None:
+    for rank in ranks:
+        assert_same_bits(*rank["layouts"])
 
 
 def test_a_shard_needs_a_process_group() -> None:
