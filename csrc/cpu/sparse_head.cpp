@@ -11,7 +11,6 @@
 #include <memory>
 
 #include "isa.h"
-#include "pages.h"
 #include "parallel.h"
 
 namespace asyncopd {
@@ -106,8 +105,10 @@ void bias_gradient(const Entries& entries, int64_t vocab, float* dbias) {
   }
 }
 
-// Calls body(begin, end) on ranges of ids: 4 MiB of gradient each where there are enough of them, two huge pages, since
-// threads whose first writes meet in one would both clear it.
+// Calls body(begin, end) on ranges of ids: 4 MiB of gradient each where there are enough of them, since where the
+// system hands out huge pages by itself, threads whose first writes meet in one would both clear it. Asking for huge
+// pages was tried: 75 ms in place of 180 for 622 MB of dW, but 320 where they had been free for 5 s (a virtual machine
+// gives those back to its host), and 400 where memory was in pieces.
 template <typename Body>
 void parallel_ids(int64_t vocab, int64_t row_bytes, int threads, const Body& body) {
   constexpr int64_t kRangeBytes = int64_t{4} << 20;
@@ -172,7 +173,6 @@ int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* l
   if (dbias != nullptr) bias_gradient(entries, vocab, dbias);
   if (dweight != nullptr) {
     const int64_t row_bytes = width * (dtype == kFloat32 ? 4 : 2);
-    advise_huge_pages(dweight, vocab * row_bytes);
     parallel_ids(vocab, row_bytes, threads, [&](int64_t begin, int64_t end) {
       kernels.weight_gradient(problem, entries, dweight, begin, end);
     });
