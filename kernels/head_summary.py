@@ -247,19 +247,6 @@ def summarize_head(hidden: Tensor, weight: Tensor, epilogue: Epilogue, scale: Sc
     return out
 
 
-def head_logsumexp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """LSE [N] fp32 of the logits / temperature of a head, without its logits. hidden [N, H], weight [V, H]."""
-    epilogue = Epilogue.of(bias, logit_scale, softcap)
-    return summarize_head(hidden, weight, epilogue, Scale.of(temperature)).lse
-
-
 def compile_cases() -> list[CompileCase]:
     vocab = 151_936
     block = padded(count_groups(vocab), 64)

@@ -93,7 +93,7 @@ class OpdLearner:
             raise ValueError("step: got a batch without response tokens, expected at least one")
         self.optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        means = torch.zeros(len(LossMetrics._fields))
+        means = torch.zeros(len(LossMetrics._fields), dtype=torch.float32)
         for hidden, support in self._micro_batches(batch):
             loss, metrics = self._loss(hidden, support, num_tokens)
             loss.backward()

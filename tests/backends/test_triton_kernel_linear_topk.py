@@ -12,7 +12,7 @@ from torch import Tensor
 from asyncopd.kernels import epilogue as epilogues
 from asyncopd.kernels import linear_topk
 from asyncopd.kernels.epilogue import Epilogue
-from asyncopd.kernels.head_summary import head_logsumexp, summarize_head
+from asyncopd.kernels.head_summary import summarize_head
 from asyncopd.kernels.launch import Scale
 from asyncopd.kernels.linear_topk import Out, Problem, extract, fused_wins
 from asyncopd.kernels.regroup import TILE, regroup
@@ -228,7 +228,8 @@ def test_logsumexp(rng: torch.Generator, dtype: torch.dtype, vocab: int) -> None
     hidden, weight = random_head(rng, 40, vocab, 32, dtype)
     bias = torch.randn(vocab, generator=rng)
     for temperature in (0.4, 3.0):
-        out = head_logsumexp(hidden.to(DEVICE), weight.to(DEVICE), bias.to(DEVICE), temperature, 1.5, 25.0).cpu()
+        epilogue = Epilogue.of(bias.to(DEVICE), 1.5, 25.0)
+        out = summarize_head(hidden.to(DEVICE), weight.to(DEVICE), epilogue, Scale.of(temperature)).lse.cpu()
         exact = (logits_of(hidden, weight, bias, 1.5, 25.0) / temperature).logsumexp(1)
         torch.testing.assert_close(out.double(), exact, rtol=5e-7, atol=3e-6)
 
@@ -239,7 +240,7 @@ def test_logsumexp_of_infinities(rng: torch.Generator) -> None:
         bias = torch.full((200,), value if value < 0 else 0.0, device=DEVICE)
         bias[150] = value
         expected = {INF: INF, -INF: -INF, 7.0: torch.logsumexp(bias, 0).item()}[value]
-        out = head_logsumexp(hidden, weight, bias, 1.0, 1.0, None)
+        out = summarize_head(hidden, weight, Epilogue.of(bias, 1.0, None), Scale.of(1.0)).lse
         torch.testing.assert_close(out.cpu(), torch.full((3,), expected), rtol=2e-7, atol=0)
 
 

@@ -75,7 +75,7 @@ def linear_gather_logprobs_backward(
     gradients = Gradients(
         torch.zeros_like(walk.hidden),
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
-        None if bias is None else torch.zeros(bias.shape),
+        None if bias is None else torch.zeros(bias.shape, dtype=torch.float32),
     )
     walk.backward(grad[used], lse[used], gradients)
     return finished(gradients, used, hidden, weight, bias)
@@ -105,7 +105,7 @@ def linear_topk_logprobs(
     """As `topk_logprobs` on the head's logits, which exist a tile at a time."""
     head = Head(weight, bias, temperature, logit_scale, softcap)
     ids = torch.empty(hidden.shape[0], k, dtype=torch.int64)
-    logprobs, lse = torch.empty(ids.shape), torch.empty(hidden.shape[0])
+    logprobs, lse = torch.empty(ids.shape, dtype=torch.float32), torch.empty(hidden.shape[0], dtype=torch.float32)
     for start in range(0, hidden.shape[0], TOPK_ROWS):
         rows = slice(start, start + TOPK_ROWS)
         ids[rows], logprobs[rows], lse[rows] = _topk_of_rows(hidden[rows], head, k)

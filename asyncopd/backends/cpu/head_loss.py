@@ -51,10 +51,10 @@ def linear_kl(
     gradients = Gradients(
         torch.zeros(hidden_used.shape, dtype=torch.float32) if need_hidden else None,
         torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
-        None if bias is None else torch.zeros(bias.shape),
+        None if bias is None else torch.zeros(bias.shape, dtype=torch.float32),
     )
-    scores = torch.empty(ids_used.shape)
-    row_losses, metrics = torch.empty(0), torch.empty(0)
+    scores = torch.empty(ids_used.shape, dtype=torch.float32)
+    row_losses, metrics = torch.empty(0, dtype=torch.float32), torch.empty(0, dtype=torch.float32)
     for group, tiles, kept in _groups(hidden_used.shape[0], weight, gradients.weight):
         walk = Walk(hidden_used[group], ids_used[group], head)
         scores[group], lse = walk.forward(tiles)

@@ -43,12 +43,12 @@ class Tiles:
     def one(cls, rows: int, vocab: int, tile_elements: int | None = None) -> "Tiles":
         """One tile, for every block in turn."""
         width = max((cols.stop - cols.start for cols in column_blocks(rows, vocab, tile_elements)), default=0)
-        return cls(torch.empty(rows * width), rows, 0)
+        return cls(torch.empty(rows * width, dtype=torch.float32), rows, 0)
 
     @classmethod
     def all(cls, rows: int, vocab: int) -> "Tiles":
         """A tile for each block: as much as [rows, V]."""
-        return cls(torch.empty(rows * vocab), rows, rows)
+        return cls(torch.empty(rows * vocab, dtype=torch.float32), rows, rows)
 
     @classmethod
     def inside(cls, dweight: Tensor, rows: int) -> "Tiles | None":
@@ -113,8 +113,8 @@ class Walk:
     def forward(self, tiles: Tiles, visit: Callable[[slice, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
         """log p [N, K] and LSE [N]. Each block's logits are shown to `visit` and stay in their tile."""
         (rows, num_ids), vocab = self.ids.shape, self.head.weight.shape[0]
-        logprobs, lse = torch.empty(rows, num_ids), torch.empty(rows)
-        peaks, sums = torch.empty(rows), torch.empty(rows, dtype=torch.float64)
+        logprobs, lse = torch.empty(rows, num_ids, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
+        peaks, sums = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float64)
         for cols, head in self._blocks():
             z = head.logits(self.hidden, out=tiles[cols])
             status = _C.cpu_gather_tile(
