@@ -73,13 +73,13 @@ class Arena {
 
 Workspace lay_out(const Problem& problem, Arena& arena) {
   // Groups are computed a block at a time.
-  const int64_t groups = (problem.vocab + kCacheWidth - 1) / kCacheWidth + 16;
+  const int64_t groups = (problem.vocab + kCacheWidth - 1) / kCacheWidth + baseline::kBlockGroups;
   const int64_t head = problem.head;
   Workspace work;
   work.peaks = arena.take<float>(groups);
   work.sums = arena.take<float>(groups);
   work.cdf = arena.take<double>(groups);
-  work.classes = arena.take<float>(std::max(groups, 2 * head + kCacheWidth));
+  work.classes = arena.take<float>(4 * head + kCacheWidth);
   work.keys = arena.take<uint64_t>(baseline::top_capacity(head));
   work.taken = arena.take<uint64_t>(head);
   work.touched = arena.take<int64_t>(head);

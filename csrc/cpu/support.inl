@@ -44,11 +44,33 @@ inline void philox_uniforms(uint64_t stream, uint64_t row, int64_t count, double
   }
 }
 
-// First index of a non-decreasing cdf [n] whose value is above target, or n.
+// Cumulative sums of n masses, non-decreasing; returns the total. Runs of eight, then where each begins: one chain of
+// additions would wait n times. Overwrites mass, which cdf may be.
+ASYNCOPD_INLINE double cumulate(double* mass, int64_t n, double* cdf) {
+  constexpr int kRun = 8;
+  const int64_t whole = n / kRun * kRun;
+  for (int64_t j = 0; j < whole; j += kRun) {
+    for (int i = 1; i < kRun; ++i) mass[j + i] += mass[j + i - 1];
+  }
+  double before = 0.0;
+  for (int64_t j = 0; j < whole; j += kRun) {
+    const double after = before + mass[j + kRun - 1];
+    for (int i = 0; i < kRun; ++i) cdf[j + i] = before + mass[j + i];
+    before = after;
+  }
+  for (int64_t j = whole; j < n; ++j) cdf[j] = before += mass[j];
+  return before;
+}
+
+// First index of a non-decreasing cdf [n] whose value is above target, or n. Counting, not bisecting, which would wait
+// for a load, or for a branch mispredicted, at every step.
 ASYNCOPD_INLINE int64_t first_above(const double* cdf, int64_t n, double target) {
-  const double* base = cdf;
-  for (; n > 1; n -= n / 2) base += base[n / 2 - 1] <= target ? n / 2 : 0;
-  return base - cdf + (n == 1 && *base <= target);
+  int64_t index = 0;
+  for (int64_t last = kGroup - 1; last < n; last += kGroup) index += cdf[last] <= target ? kGroup : 0;
+  const int64_t end = index + kGroup < n ? index + kGroup : n;
+  int64_t below = 0;
+  for (int64_t i = index; i < end; ++i) below += cdf[i] <= target;
+  return index + below;
 }
 
 ASYNCOPD_INLINE int64_t first_at_least(const uint64_t* ascending, int64_t n, uint64_t value) {
@@ -79,9 +101,11 @@ struct Rest {
   float group_cdf(int64_t g, double* cdf) const {
     alignas(64) float z[kGroup];
     const int64_t start = g * kGroup;
-    const int width = static_cast<int>(vocab - start < kGroup ? vocab - start : kGroup);
-    for (int j = 0; j < width; ++j) z[j] = Type::load(row[start + j]);
-    for (int j = width; j < kGroup; ++j) z[j] = -kInf;
+    if (vocab - start >= kGroup) {
+      for (int j = 0; j < kGroup; ++j) z[j] = Type::load(row[start + j]);
+    } else {
+      load_block<Type>(row + start, static_cast<int>(vocab - start), -kInf, z);
+    }
     for (int64_t i = first_at_least(work.taken, head, start); i < head; ++i) {
       const int64_t j = static_cast<int64_t>(work.taken[i]) - start;
       if (j >= kGroup) break;
@@ -91,15 +115,7 @@ struct Rest {
     const double origin = peak == -kInf ? 0.0 : peak;
     alignas(64) double mass[kGroup];
     for (int j = 0; j < kGroup; ++j) mass[j] = exp_double((z[j] - origin) * scale.inv_temperature);
-    // Runs of eight, then where each begins: one chain of 64 additions would wait 64 times. Still non-decreasing.
-    for (int j = 0; j < kGroup; j += 8) {
-      for (int i = 1; i < 8; ++i) mass[j + i] += mass[j + i - 1];
-    }
-    double before = 0.0;
-    for (int j = 0; j < kGroup; j += 8) {
-      for (int i = 0; i < 8; ++i) cdf[j + i] = before + mass[j + i];
-      before = cdf[j + 7];
-    }
+    cumulate(mass, kGroup, cdf);
     return peak;
   }
 
@@ -142,7 +158,10 @@ template <typename Type>
 double full_lse(const Workspace& work, int64_t groups, float peak, const Irregular& irregular, const Scale& scale) {
   if (irregular.nan > 0) return std::numeric_limits<double>::quiet_NaN();
   if (irregular.inf > 0 || peak == -kInf) return peak;
-  group_masses(work.peaks, work.sums, groups, peak, scale, work.cdf);
+  // fp32 exponentials will do here: 1e-7 of a group's mass is what its sum is off by already.
+  for (int64_t g = 0; g < groups; ++g) {
+    work.cdf[g] = static_cast<double>(work.sums[g]) * exp_scaled(work.peaks[g] - peak, scale);
+  }
   return peak * scale.inv_temperature + std::log(sum_of(work.cdf, groups));
 }
 
@@ -176,8 +195,7 @@ double sample_row(const Problem& problem, const Workspace& shared, const typenam
       const int64_t g = work.touched[i];
       work.cdf[g] = work.touched_sums[i] * exp_double((work.peaks[g] - origin) * t);
     }
-    total = 0.0;
-    for (int64_t g = 0; g < groups; ++g) work.cdf[g] = total += work.cdf[g];
+    total = cumulate(work.cdf, groups, work.cdf);
     rest_lse = rest_peak == -kInf ? -static_cast<double>(kInf) : origin * t + std::log(total);
 
     if (irregular.nan > 0) {

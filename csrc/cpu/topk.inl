@@ -10,18 +10,19 @@
 
 #include "summary.inl"
 
-// A value that at least k logits reach, if the row holds k that are not NaN. classes: 2 k + kGroup or `groups` floats.
+// A value that at least k logits reach, if the row holds k that are not NaN. classes: 4 k + kGroup floats.
 template <typename Type>
 float top_threshold(const typename Type::Storage* row, int64_t vocab, const float* peaks, int64_t groups, int64_t k,
                     float* classes) {
   if (groups >= 2 * k) {
-    const int64_t width = groups / (4 * k) > 1 ? groups / (4 * k) : 1;
-    int64_t n = 0;
-    for (int64_t g = 0; g < groups; g += width) {
-      float peak = peaks[g];
-      const int64_t end = g + width < groups ? g + width : groups;
-      for (int64_t i = g + 1; i < end; ++i) peak = peaks[i] > peak ? peaks[i] : peak;
-      classes[n++] = peak;
+    // Group g is in class g modulo their number.
+    const int64_t n = groups < 4 * k ? groups : 4 * k;
+    for (int64_t c = 0; c < n; ++c) classes[c] = peaks[c];
+    for (int64_t start = n; start < groups; start += n) {
+      const int64_t count = groups - start < n ? groups - start : n;
+      for (int64_t c = 0; c < count; ++c) {
+        classes[c] = peaks[start + c] > classes[c] ? peaks[start + c] : classes[c];
+      }
     }
     return kth_largest(classes, n, k);
   }
@@ -42,17 +43,19 @@ float top_threshold(const typename Type::Storage* row, int64_t vocab, const floa
 
 ASYNCOPD_INLINE int64_t top_capacity(int64_t k) { return 4 * k + 1024 + kGroup; }
 
-// Positions of the hits in a group, ascending; returns how many. Most groups that are read again hold one or two.
+// Positions of the hits among kGroup values, ascending; returns how many. Most have none, one or two.
 template <typename Test>
 ASYNCOPD_INLINE int find_hits(const float* z, uint8_t* hits, Test is_hit) {
+  alignas(64) uint8_t flags[kGroup];
+  for (int i = 0; i < kGroup; ++i) flags[i] = is_hit(z[i]);
   int found = 0;
-  for (int c = 0; c < kGroup; c += kLanes) {
-    int count = 0;
-    for (int l = 0; l < kLanes; ++l) count += is_hit(z[c + l]);
-    if (count == 0) continue;
-    for (int l = 0; l < kLanes; ++l) {
-      hits[found] = static_cast<uint8_t>(c + l);
-      found += is_hit(z[c + l]);
+  for (int i = 0; i < kGroup; i += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, flags + i, sizeof eight);
+    if (eight == 0) continue;
+    for (int j = i; j < i + 8; ++j) {
+      hits[found] = static_cast<uint8_t>(j);
+      found += flags[j];
     }
   }
   return found;
@@ -77,23 +80,29 @@ void select_top(const typename Type::Storage* row, int64_t vocab, const float* p
   bool strict = false;
   int64_t n = 0;
   alignas(64) float buffer[kGroup];
-  uint8_t hits[kGroup];
-  for (int64_t g = 0; g < groups; ++g) {
-    if (strict ? !(peaks[g] > bound) : !(peaks[g] >= bound)) continue;
-    const int64_t start = g * kGroup;
-    const int width = static_cast<int>(vocab - start < kGroup ? vocab - start : kGroup);
-    const float* z = load_block<Type>(row + start, width, std::numeric_limits<float>::quiet_NaN(), buffer);
-    const int found = strict ? find_hits(z, hits, [=](float value) { return value > bound; })
-                             : find_hits(z, hits, [=](float value) { return value >= bound; });
-    for (int i = 0; i < found; ++i) keys[n++] = order_key(z[hits[i]], start + hits[i]);
-    if (n > capacity - kGroup) {
-      keep_largest(keys, n, k);
-      n = k;
-      // The worst of those kept, whose value is now the one to beat.
-      uint64_t worst = keys[0];
-      for (int64_t i = 1; i < k; ++i) worst = keys[i] < worst ? keys[i] : worst;
-      bound = Type::load(row[id_of_key(worst)]);
-      strict = true;
+  uint8_t near[kGroup], hits[kGroup];
+  for (int64_t first = 0; first < groups; first += kGroup) {
+    const int count = static_cast<int>(groups - first < kGroup ? groups - first : kGroup);
+    const float* some = load_block<Float32>(peaks + first, count, kNan, buffer);
+    const int reach = find_hits(some, near, [=](float peak) { return peak >= bound; });
+    for (int r = 0; r < reach; ++r) {
+      const int64_t g = first + near[r], start = g * kGroup;
+      // The bound may have risen since.
+      if (strict ? !(peaks[g] > bound) : !(peaks[g] >= bound)) continue;
+      const int width = static_cast<int>(vocab - start < kGroup ? vocab - start : kGroup);
+      const float* z = load_block<Type>(row + start, width, kNan, buffer);
+      const int found = strict ? find_hits(z, hits, [=](float value) { return value > bound; })
+                               : find_hits(z, hits, [=](float value) { return value >= bound; });
+      for (int i = 0; i < found; ++i) keys[n++] = order_key(z[hits[i]], start + hits[i]);
+      if (n > capacity - kGroup) {
+        keep_largest(keys, n, k);
+        n = k;
+        // The worst of those kept, whose value is now the one to beat.
+        uint64_t worst = keys[0];
+        for (int64_t i = 1; i < k; ++i) worst = keys[i] < worst ? keys[i] : worst;
+        bound = Type::load(row[id_of_key(worst)]);
+        strict = true;
+      }
     }
   }
   keep_largest(keys, n, k);
