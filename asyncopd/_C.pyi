@@ -5,6 +5,7 @@ sanitized: bool
 cuda: bool
 
 def cpu_isas() -> list[str]: ...
+def cpu_populate(memory: int, bytes: int, threads: int) -> None: ...
 def cpu_gather_logprobs(
     logits: int,
     dtype: int,
@@ -131,6 +132,9 @@ def cpu_linear_gather_logits_backward(
     softcap: float,
     dhidden: int,
     dweight: int,
+    dweight_stride: int,
+    dweight_dtype: int,
+    add: bool,
     dbias: int,
     threads: int,
     isa: int = -1,

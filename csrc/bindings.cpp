@@ -9,6 +9,7 @@
 #include "cpu/isa.h"
 #include "cpu/sparse_head.h"
 #include "cpu/kl.h"
+#include "cpu/pages.h"
 #include "cpu/support.h"
 #ifdef ASYNCOPD_WITH_CUDA
 #include "cuda/gather.h"
@@ -81,13 +82,13 @@ int cpu_linear_gather_logits_backward(uintptr_t grad, uintptr_t logits, uintptr_
                                       int hidden_dtype, uintptr_t weight, int64_t weight_stride, int dtype,
                                       uintptr_t ids, int id_type, uintptr_t mask, int64_t rows, int64_t vocab,
                                       int64_t width, int64_t num_ids, double temperature, double logit_scale,
-                                      double softcap, uintptr_t dhidden, uintptr_t dweight, uintptr_t dbias,
-                                      int threads, int isa) {
+                                      double softcap, uintptr_t dhidden, uintptr_t dweight, int64_t dweight_stride,
+                                      int dweight_dtype, bool add, uintptr_t dbias, int threads, int isa) {
   return asyncopd_cpu_linear_gather_logits_backward(
       pointer<float>(grad), pointer<float>(logits), pointer<void>(hidden), hidden_stride, hidden_dtype,
       pointer<void>(weight), weight_stride, dtype, pointer<void>(ids), id_type, pointer<uint8_t>(mask), rows, vocab,
-      width, num_ids, temperature, logit_scale, softcap, pointer<void>(dhidden), pointer<void>(dweight),
-      pointer<float>(dbias), threads, isa);
+      width, num_ids, temperature, logit_scale, softcap, pointer<void>(dhidden), pointer<void>(dweight), dweight_stride,
+      dweight_dtype, add, pointer<float>(dbias), threads, isa);
 }
 
 int cpu_kl_rows(uintptr_t student, uintptr_t teacher, uintptr_t log_weights, uintptr_t ids, int id_type, uintptr_t mask,
@@ -101,6 +102,10 @@ int cpu_kl_rows(uintptr_t student, uintptr_t teacher, uintptr_t log_weights, uin
                               pointer<void>(ids), id_type, pointer<uint8_t>(mask), pointer<float>(proximal), rows,
                               num_ids, &options, pointer<float>(losses), pointer<float>(coef), pointer<float>(metrics),
                               threads, isa);
+}
+
+void cpu_populate(uintptr_t memory, int64_t bytes, int threads) {
+  asyncopd_cpu_populate(pointer<void>(memory), bytes, threads);
 }
 
 py::list cpu_isas() {
@@ -176,7 +181,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("hidden_stride"), py::arg("hidden_dtype"), py::arg("weight"), py::arg("weight_stride"),
         py::arg("dtype"), py::arg("ids"), py::arg("id_type"), py::arg("mask"), py::arg("rows"), py::arg("vocab"),
         py::arg("width"), py::arg("num_ids"), py::arg("temperature"), py::arg("logit_scale"), py::arg("softcap"),
-        py::arg("dhidden"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"), py::arg("isa") = -1);
+        py::arg("dhidden"), py::arg("dweight"), py::arg("dweight_stride"), py::arg("dweight_dtype"), py::arg("add"),
+        py::arg("dbias"), py::arg("threads"), py::arg("isa") = -1);
+  m.def("cpu_populate", &cpu_populate, py::call_guard<py::gil_scoped_release>(), py::arg("memory"), py::arg("bytes"),
+        py::arg("threads"));
   m.def("cpu_kl_rows", &cpu_kl_rows, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("student"),
         py::arg("teacher"), py::arg("log_weights"), py::arg("ids"), py::arg("id_type"), py::arg("mask"),
         py::arg("proximal"), py::arg("rows"), py::arg("num_ids"), py::arg("divergence"), py::arg("tail"),

@@ -50,29 +50,43 @@ struct Entries {
   const Term* terms;
 };
 
+// [vocab, width]. add: only rows that entries name are touched, and added to; else every row is written.
+struct WeightGradient {
+  void* rows;
+  int64_t stride;
+  bool add;
+};
+
+struct Types {
+  int weight, hidden, gradient, id;  // gradient: of the weight
+};
+
 // What one thread works in, one row of the forward at a time.
 struct Workspace {
   float* hidden;  // [width]
   uint32_t* ids;  // [num_ids, rounded up to 4]: those that are no pads
 };
 
-// What one instruction set runs for the dtypes of weight and hidden states and an id type. Rows [begin, end), or ids
-// [begin, end) for the last; false when an id is out of range.
+using WeightGradientFunction = void (*)(const Problem&, const Entries&, const WeightGradient&, int64_t begin,
+                                        int64_t end);
+
+// What one instruction set runs for some types. Rows [begin, end), or ids [begin, end) for the last; false when an id is
+// out of range.
 struct Kernels {
   bool (*forward)(const Problem&, const float* bias, float* logits, const Workspace&, int64_t begin, int64_t end);
   bool (*hidden_gradient)(const Problem&, const Gradient&, int64_t begin, int64_t end);
-  void (*weight_gradient)(const Problem&, const Entries&, void* dweight, int64_t begin, int64_t end);
+  WeightGradientFunction weight_gradient;
 };
 
 #define ASYNCOPD_KERNEL "sparse_head.inl"
 #include "each_isa.h"
 
 // Kernels without functions if they cannot run.
-Kernels find_kernels(int dtype, int hidden_dtype, int id_type, int64_t rows, int64_t vocab, int isa) {
+Kernels find_kernels(const Types& types, int64_t rows, int64_t vocab, int isa) {
   isa = resolve_isa(isa);
   constexpr int64_t kTooMany = int64_t{1} << 32;  // a Term's row
-  if (isa < 0 || (id_type != kInt32 && id_type != kInt64) || rows >= kTooMany || vocab >= kTooMany) return Kernels{};
-  return kSelect[isa](dtype, hidden_dtype, id_type);
+  if (isa < 0 || (types.id != kInt32 && types.id != kInt64) || rows >= kTooMany || vocab >= kTooMany) return Kernels{};
+  return kSelect[isa](types);
 }
 
 // A counting sort: it is stable, and its counts are the offsets that are needed anyway. One thread: with V = 151,936
@@ -106,9 +120,7 @@ void bias_gradient(const Entries& entries, int64_t vocab, float* dbias) {
 }
 
 // Calls body(begin, end) on ranges of ids: 4 MiB of gradient each where there are enough of them, since where the
-// system hands out huge pages by itself, threads whose first writes meet in one would both clear it. Asking for huge
-// pages was tried: 75 ms in place of 180 for 622 MB of dW, but 320 where they had been free for 5 s (a virtual machine
-// gives those back to its host), and 400 where memory was in pieces.
+// system hands out huge pages by itself, threads whose first writes meet in one would both clear it.
 template <typename Body>
 void parallel_ids(int64_t vocab, int64_t row_bytes, int threads, const Body& body) {
   constexpr int64_t kRangeBytes = int64_t{4} << 20;
@@ -130,7 +142,7 @@ int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride,
                                       const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width, int64_t num_ids,
                                       double temperature, double logit_scale, double softcap, float* logits,
                                       int threads, int isa) {
-  const Kernels kernels = find_kernels(dtype, hidden_dtype, id_type, rows, vocab, isa);
+  const Kernels kernels = find_kernels({dtype, hidden_dtype, dtype, id_type}, rows, vocab, isa);
   if (kernels.forward == nullptr) return kBadArgument;
   const Problem problem{hidden, weight, ids,     mask,        hidden_stride, weight_stride,
                         vocab,  width,  num_ids, temperature, logit_scale,   softcap};
@@ -151,9 +163,10 @@ int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* l
                                                int64_t weight_stride, int dtype, const void* ids, int id_type,
                                                const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width,
                                                int64_t num_ids, double temperature, double logit_scale, double softcap,
-                                               void* dhidden, void* dweight, float* dbias, int threads, int isa) {
-  const Kernels kernels = find_kernels(dtype, hidden_dtype, id_type, rows, vocab, isa);
-  if (kernels.forward == nullptr) return kBadArgument;
+                                               void* dhidden, void* dweight, int64_t dweight_stride, int dweight_dtype,
+                                               bool add, float* dbias, int threads, int isa) {
+  const Kernels kernels = find_kernels({dtype, hidden_dtype, dweight_dtype, id_type}, rows, vocab, isa);
+  if (kernels.forward == nullptr || kernels.weight_gradient == nullptr) return kBadArgument;
   const Problem problem{hidden, weight, ids,     mask,        hidden_stride, weight_stride,
                         vocab,  width,  num_ids, temperature, logit_scale,   softcap};
   const std::unique_ptr<Term[]> terms(new Term[rows * num_ids]);
@@ -172,9 +185,10 @@ int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* l
   const Entries entries{offsets.get(), sorted.get()};
   if (dbias != nullptr) bias_gradient(entries, vocab, dbias);
   if (dweight != nullptr) {
-    const int64_t row_bytes = width * (dtype == kFloat32 ? 4 : 2);
+    const int64_t row_bytes = width * (dweight_dtype == kFloat32 ? 4 : 2);
+    const WeightGradient out{dweight, dweight_stride, add};
     parallel_ids(vocab, row_bytes, threads, [&](int64_t begin, int64_t end) {
-      kernels.weight_gradient(problem, entries, dweight, begin, end);
+      kernels.weight_gradient(problem, entries, out, begin, end);
     });
   }
   return kOk;

@@ -38,7 +38,9 @@ int asyncopd_cpu_linear_gather_logits(const void* hidden, int64_t hidden_stride,
 //
 // grad, logits [rows, num_ids] float32, contiguous
 // dhidden      [rows, width]   hidden_dtype, contiguous; every row is written
-// dweight      [vocab, width]  dtype, contiguous, or null; every row is written, and is exactly 0 where no id names it
+// dweight      [vocab, width]  dweight_dtype, row stride `dweight_stride`, or null. Every row is written, and is exactly
+//                              0 where no id names it; with `add` the rows that ids name are added to, and no other is
+//                              read or written
 // dbias        [vocab]         float32, or null; every element is written
 //
 // Sums are taken in the order of the entries and rounded once: in fp32 inside a run of them and in fp64 across
@@ -49,5 +51,6 @@ int asyncopd_cpu_linear_gather_logits_backward(const float* grad, const float* l
                                                int64_t weight_stride, int dtype, const void* ids, int id_type,
                                                const uint8_t* mask, int64_t rows, int64_t vocab, int64_t width,
                                                int64_t num_ids, double temperature, double logit_scale, double softcap,
-                                               void* dhidden, void* dweight, float* dbias, int threads, int isa);
+                                               void* dhidden, void* dweight, int64_t dweight_stride, int dweight_dtype,
+                                               bool add, float* dbias, int threads, int isa);
 }

@@ -68,6 +68,9 @@ class Case:
     def gradients(self, need_weight: bool = True, **how: int) -> Gradients:
         raise NotImplementedError
 
+    def add_into(self, weight_grad: Tensor, bias_grad: Tensor | None, **how: int) -> Tensor:
+        raise NotImplementedError
+
     def expected(self) -> tuple[Tensor, Gradients]:
         """Logits and the three gradients in fp64."""
         bias = None if self.bias is None else self.bias.double()
@@ -90,3 +93,21 @@ class Case:
             rtol = 2e-6 if of.dtype == torch.float32 else torch.finfo(of.dtype).eps * 0.51
             torch.testing.assert_close(got.double(), want, rtol=rtol, atol=1e-5, equal_nan=True)
         return gradients
+
+    def assert_adds(self, into: torch.dtype, rng: torch.Generator, **how: int) -> None:
+        """To gradients of dtype `into` whose rows lie apart; the last four are named by nobody."""
+        vocab, width = self.weight.shape
+        self.ids[self.ids >= vocab - 4] = vocab - 5
+        wide = torch.randn(vocab, width + 8, generator=rng).to(self.weight.device, into)
+        weight_grad, bias_grad = wide[:, 4:-4], torch.randn(vocab, generator=rng).to(self.weight.device, into)
+        weight_grad[-4:], bias_grad[-4:] = torch.nan, torch.nan  # not even read
+        before = wide.double(), bias_grad.double()
+        dhidden = self.add_into(weight_grad, bias_grad, **how)
+        dweight, dbias = self.expected()[1][1:]
+        assert torch.equal(dhidden, self.gradients(**how)[0])
+        rtol = torch.finfo(into).eps * 0.51 if into != torch.float32 else 2e-6
+        close = {"rtol": rtol, "atol": 1e-5, "equal_nan": True}
+        torch.testing.assert_close(weight_grad.double(), before[0][:, 4:-4] + dweight, **close)
+        torch.testing.assert_close(bias_grad.double(), before[1] + dbias, **close)
+        outside = torch.cat([wide[:, :4], wide[:, -4:]], 1).double()
+        assert torch.equal(outside, torch.cat([before[0][:, :4], before[0][:, -4:]], 1))

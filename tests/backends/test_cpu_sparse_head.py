@@ -14,6 +14,7 @@ INF, NAN = float("inf"), float("nan")
 
 forward = cpu._linear_gather_logits
 backward = cpu._linear_gather_logits_backward
+backward_into = cpu._linear_gather_logits_backward_into
 
 
 class Case(sparse_head_case.Case):
@@ -22,6 +23,11 @@ class Case(sparse_head_case.Case):
 
     def gradients(self, need_weight: bool = True, **how: int) -> Gradients:
         return backward(self.grad, self.logits(**how), *self.head, need_weight, **how)
+
+    def add_into(self, weight_grad: Tensor, bias_grad: Tensor | None, **how: int) -> Tensor:
+        hidden, weight, ids, _, mask, *scalars = self.head
+        grads = (weight_grad, bias_grad)
+        return backward_into(self.grad, self.logits(**how), hidden, weight, ids, mask, *scalars, *grads, **how)
 
 
 random_case = Case.random
@@ -207,6 +213,29 @@ def test_rows_of_the_weight_that_no_id_names_are_zero(dtype: torch.dtype, isa: i
         assert not gradient.isnan().any()
 
 
+@pytest.mark.parametrize("into", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adds_to_a_gradient_that_is_there(
+    dtype: torch.dtype, into: torch.dtype, rng: torch.Generator, isa: int
+) -> None:
+    case = replace(random_case(vocab=30, width=1100, num_ids=70, dtype=dtype), scalars=CAPPED)
+    case.assert_adds(into, rng, isa=isa)
+    fp32 = torch.randn(6, 1100, generator=rng)
+    replace(case, hidden=fp32).assert_adds(into, rng, isa=isa)
+
+
+def test_adding_to_zeros_is_the_gradient(isa: int) -> None:
+    case = random_case(rows=70, vocab=5, num_ids=7)
+    dhidden, dweight, dbias = case.gradients(isa=isa)
+    weight_grad, bias_grad = torch.zeros_like(dweight), torch.zeros_like(dbias)
+    assert torch.equal(case.add_into(weight_grad, bias_grad, isa=isa), dhidden)
+    assert torch.equal(weight_grad, dweight)
+    assert torch.equal(bias_grad, dbias)
+    assert torch.equal(case.add_into(weight_grad, None, isa=isa, threads=3), dhidden)
+    torch.testing.assert_close(weight_grad, 2 * dweight, rtol=1e-6, atol=0)
+    assert torch.equal(bias_grad, dbias)
+
+
 @pytest.mark.parametrize("shape", [(300, 997, 64, 16), (5, 50_000, 130, 40), (4000, 11, 8, 3)])
 def test_threads_do_not_change_a_bit(shape: tuple[int, int, int, int], isa: int) -> None:
     case = random_case(*shape)
@@ -249,6 +278,10 @@ def test_ids_out_of_range_are_refused_in_masked_rows_too(row: int, bad: int, isa
         case.logits(isa=isa)
     with pytest.raises(ValueError, match=r"ids: .* 0\.\.22"):
         backward(case.grad, logits, *case.head, True, isa=isa)
+    weight_grad = torch.zeros_like(case.weight)
+    with pytest.raises(ValueError, match=r"ids: .* 0\.\.22"):
+        backward_into(case.grad, logits, *case.head[:3], case.mask, *case.scalars, weight_grad, None, isa=isa)
+    assert not weight_grad.any()
 
 
 def test_wrong_arguments() -> None:
@@ -272,6 +305,15 @@ def test_wrong_arguments() -> None:
             wrong.logits()
     with pytest.raises(ValueError, match=r"grad, logits: got \[6, 8\], \[6, 9\]"):
         replace(case, grad=case.grad[:, 1:]).gradients()
+    with pytest.raises(ValueError, match=r"bias: got shape \[22\], expected \[23\]"):
+        backward(case.grad, case.logits(), *replace(case, bias=bias[1:]).head, True)
+    weight_grad = torch.zeros_like(case.weight)
+    with pytest.raises(ValueError, match=r"weight_grad: got shape \[22, 40\] .*, expected shape \[23, 40\]"):
+        case.add_into(weight_grad[1:], None)
+    with pytest.raises(ValueError, match=r"weight_grad: .* strides \[1, 23\]"):
+        case.add_into(weight_grad.t().contiguous().t(), None)
+    with pytest.raises(TypeError, match=r"bias_grad: got torch.float64"):
+        case.add_into(weight_grad, bias.double())
     with pytest.raises(RuntimeError, match="status 2"):
         case.logits(isa=99)
 
@@ -284,4 +326,5 @@ def test_more_than_32_bits_can_number_is_refused(too_many: str) -> None:
     head = {"hidden": 0, "hidden_stride": 1, "weight": 0, "weight_stride": 1, "ids": 0, "mask": 0}
     common = {"dtype": 0, "hidden_dtype": 0, "id_type": 1, "threads": 1, "logits": 0, **head, **sizes, **scalars}
     assert cpu._C.cpu_linear_gather_logits(bias=0, **common) == 2
-    assert cpu._C.cpu_linear_gather_logits_backward(grad=0, dhidden=0, dweight=0, dbias=0, **common) == 2
+    gradients = {"dhidden": 0, "dweight": 0, "dweight_stride": 1, "dweight_dtype": 0, "add": False, "dbias": 0}
+    assert cpu._C.cpu_linear_gather_logits_backward(grad=0, **gradients, **common) == 2

@@ -15,7 +15,11 @@ from asyncopd.backends.cpu.head import (
 from asyncopd.backends.cpu.head_loss import linear_kl
 from asyncopd.backends.cpu.kl import kl_rows
 from asyncopd.backends.cpu.logits import gather_logprobs, gather_logprobs_backward, sample_support, topk_logprobs
-from asyncopd.backends.cpu.sparse_head import linear_gather_logits, linear_gather_logits_backward
+from asyncopd.backends.cpu.sparse_head import (
+    linear_gather_logits,
+    linear_gather_logits_backward,
+    linear_gather_logits_backward_into,
+)
 from asyncopd.backends.native import unavailable_reason
 from asyncopd.backends.reference.linear_kl import scale_gradient_
 
@@ -25,6 +29,7 @@ __all__ = [
     "kl_rows",
     "linear_gather_logits",
     "linear_gather_logits_backward",
+    "linear_gather_logits_backward_into",
     "linear_gather_logprobs",
     "linear_gather_logprobs_backward",
     "linear_kl",

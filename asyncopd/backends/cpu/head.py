@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends.cpu.logits import topk_logprobs
+from asyncopd.backends.cpu.memory import empty_gradient
 from asyncopd.backends.cpu.walk import Gradients, Tiles, Walk
 from asyncopd.backends.reference.linear import Head, rows_with_gradient
 from asyncopd.backends.reference.rows import check_ids_in_range, normalized
@@ -74,7 +75,7 @@ def linear_gather_logprobs_backward(
     walk = Walk(hidden[used], ids[used], Head(weight, bias, temperature, logit_scale, softcap))
     gradients = Gradients(
         torch.zeros_like(walk.hidden),
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
+        empty_gradient(weight) if need_weight else None,
         None if bias is None else torch.zeros(bias.shape, dtype=torch.float32),
     )
     walk.backward(grad[used], lse[used], gradients)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from asyncopd import backends
 from asyncopd.backends.cpu.head import finished
+from asyncopd.backends.cpu.memory import empty_gradient
 from asyncopd.backends.cpu.walk import Gradients, Tiles, Walk
 from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference.linear import Head
@@ -50,7 +51,7 @@ def linear_kl(
 
     gradients = Gradients(
         torch.zeros(hidden_used.shape, dtype=torch.float32) if need_hidden else None,
-        torch.empty_like(weight, memory_format=torch.contiguous_format) if need_weight else None,
+        empty_gradient(weight) if need_weight else None,
         None if bias is None else torch.zeros(bias.shape, dtype=torch.float32),
     )
     scores = torch.empty(ids_used.shape, dtype=torch.float32)

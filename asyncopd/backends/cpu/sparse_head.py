@@ -8,6 +8,7 @@ and instruction set.
 import torch
 from torch import Tensor
 
+from asyncopd.backends.cpu.memory import empty_gradient
 from asyncopd.backends.native import (
     _C,
     DTYPE_CODES,
@@ -54,6 +55,30 @@ def linear_gather_logits_backward(
     """
     return _linear_gather_logits_backward(
         grad, logits, hidden, weight, ids, bias, mask, temperature, logit_scale, softcap, need_weight
+    )
+
+
+def linear_gather_logits_backward_into(
+    grad: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    weight_grad: Tensor,
+    bias_grad: Tensor | None,
+) -> Tensor:
+    """Adds the gradients of the weight and the bias to weight_grad [V, H] and bias_grad [V]; returns that of hidden.
+
+    Each sum is added to what is there and rounded once, to any of the dtypes. Only rows of weight_grad that ids name
+    are read or written; they have unit stride.
+    """
+    scalars = (temperature, logit_scale, softcap)
+    return _linear_gather_logits_backward_into(
+        grad, logits, hidden, weight, ids, mask, *scalars, weight_grad, bias_grad
     )
 
 
@@ -115,7 +140,72 @@ def _linear_gather_logits_backward(
     threads: int | None = None,
     isa: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, weight, ids, mask = _check(hidden, weight, ids, bias, mask, temperature, softcap)
+    dweight = empty_gradient(weight) if need_weight else None
+    dbias = None if bias is None else torch.empty(bias.shape, dtype=torch.float32)
+    scalars = (temperature, logit_scale, softcap)
+    dhidden = _backward(
+        grad, logits, hidden, weight, ids, mask, *scalars, dweight, dbias, add=False, threads=threads, isa=isa
+    )
+    return (
+        dhidden,
+        weight.new_empty(0, weight.shape[1]) if dweight is None else dweight,
+        weight.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype),
+    )
+
+
+def _linear_gather_logits_backward_into(
+    grad: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    weight_grad: Tensor,
+    bias_grad: Tensor | None,
+    *,
+    threads: int | None = None,
+    isa: int = -1,
+) -> Tensor:
+    for name, tensor, shape in (("weight_grad", weight_grad, weight.shape), ("bias_grad", bias_grad, weight.shape[:1])):
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPE_CODES:
+            raise TypeError(f"{name}: got {tensor.dtype}, expected float32, bfloat16 or float16")
+        if tensor.shape != shape or tensor.stride(-1) != 1:
+            got = f"shape {list(tensor.shape)} with strides {list(tensor.stride())}"
+            raise ValueError(f"{name}: got {got}, expected shape {list(shape)} with elements of a row side by side")
+    dbias = None if bias_grad is None else torch.empty(bias_grad.shape, dtype=torch.float32)
+    scalars = (temperature, logit_scale, softcap)
+    dhidden = _backward(
+        grad, logits, hidden, weight, ids, mask, *scalars, weight_grad, dbias, add=True, threads=threads, isa=isa
+    )
+    if bias_grad is not None and dbias is not None:
+        bias_grad.copy_(dbias.add_(bias_grad))
+    return dhidden
+
+
+def _backward(
+    grad: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    *,
+    add: bool,
+    threads: int | None,
+    isa: int,
+) -> Tensor:
+    """dhidden; writes dbias, and writes dweight or adds to it."""
+    hidden, weight, ids, mask = _check(hidden, weight, ids, dbias, mask, temperature, softcap)
     if grad.shape != ids.shape or logits.shape != ids.shape:
         raise ValueError(
             f"grad, logits: got {list(grad.shape)}, {list(logits.shape)}, expected {list(ids.shape)} twice"
@@ -123,11 +213,6 @@ def _linear_gather_logits_backward(
     grad, logits = grad.to(torch.float32).contiguous(), logits.to(torch.float32).contiguous()
     vocab, width = weight.shape
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype)
-    # Not zeros: the kernel writes every row once, from all threads, with its sum or with zeros.
-    dweight = (
-        torch.empty(weight.shape, dtype=weight.dtype) if need_weight else torch.empty((0, width), dtype=weight.dtype)
-    )
-    dbias = torch.empty(0 if bias is None else vocab, dtype=torch.float32)
     status = _C.cpu_linear_gather_logits_backward(
         grad=grad.data_ptr(),
         logits=logits.data_ptr(),
@@ -148,13 +233,16 @@ def _linear_gather_logits_backward(
         logit_scale=logit_scale,
         softcap=softcap or 0.0,
         dhidden=dhidden.data_ptr(),
-        dweight=dweight.data_ptr() if need_weight else 0,
-        dbias=0 if bias is None else dbias.data_ptr(),
+        dweight=0 if dweight is None else dweight.data_ptr(),
+        dweight_stride=0 if dweight is None else dweight.stride(0),
+        dweight_dtype=DTYPE_CODES[weight.dtype if dweight is None else dweight.dtype],
+        add=add,
+        dbias=0 if dbias is None else dbias.data_ptr(),
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
     )
     raise_for_status(status, "cpu_linear_gather_logits_backward", vocab)
-    return dhidden, dweight, dbias.to(weight.dtype if bias is None else bias.dtype)
+    return dhidden
 
 
 def _check(

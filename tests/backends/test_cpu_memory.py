@@ -1,0 +1,37 @@
+"""Pages that are asked for before a large gradient is written."""
+
+import os
+import platform
+import resource
+
+import pytest
+import torch
+
+from asyncopd.backends.native import _C
+
+HAS_POPULATE = platform.system() == "Linux" and tuple(map(int, platform.release().split(".")[:2])) >= (5, 14)
+MIB = 1 << 20
+
+
+def faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+@pytest.mark.skipif(not HAS_POPULATE, reason="this system has no MADV_POPULATE_WRITE")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_writing_meets_no_faults(threads: int) -> None:
+    memory = torch.empty(64 * MIB + 12345, dtype=torch.uint8)  # so large that it is new
+    _C.cpu_populate(memory.data_ptr(), memory.nbytes, threads)
+    before = faults()
+    memory.fill_(1)
+    pages = memory.nbytes // os.sysconf("SC_PAGESIZE")
+    assert faults() - before < pages / 20
+
+
+@pytest.mark.parametrize("begin", [0, 1, 4095, 4096, 5 * MIB + 17])
+@pytest.mark.parametrize("size", [0, 1, 4095, 4096, 8191, 4 * MIB, 9 * MIB + 1])
+def test_what_the_memory_holds_stays(begin: int, size: int) -> None:
+    memory = torch.arange(16 * MIB, dtype=torch.int32).view(torch.uint8)[: 16 * MIB]
+    expected = memory.clone()
+    _C.cpu_populate(memory.data_ptr() + begin, size, 2)
+    assert torch.equal(memory, expected)
