@@ -1,11 +1,11 @@
 // Top-K log-probabilities and sampled supports of rows, from the row summary. Included once per instruction set; see
 // isa.h.
 //
-// Draws. With the head taken out, the group masses (fp64, measured from the largest logit that is left) have a
-// cumulative sum; a uniform number picks a group in it, and its rest a column in the group's own cumulative sum, which
-// is fp64 from the logits. A group that loses columns to the head is summed again without them: subtracting would
-// leave the rounding of what is taken away. Probabilities are right to the rounding of a group's fp32 sum, about 1e-7
-// of that group's mass.
+// Draws. With the head taken out, the group masses, measured from the largest logit that is left, have a cumulative
+// sum; a uniform number picks a group in it, and its rest a column in the group's own cumulative sum, made from its
+// logits. Exponentials are fp32, sums fp64. A group that loses columns to the head is summed again without them:
+// subtracting would leave the rounding of what is taken away. Probabilities are right to the rounding of a group's fp32
+// sum, about 1e-7 of that group's mass.
 
 #include "topk.inl"
 
@@ -112,9 +112,9 @@ struct Rest {
       z[j] = -kInf;
     }
     const float peak = largest(z, kGroup);
-    const double origin = peak == -kInf ? 0.0 : peak;
+    const float origin = peak == -kInf ? 0.0f : peak;
     alignas(64) double mass[kGroup];
-    for (int j = 0; j < kGroup; ++j) mass[j] = exp_double((z[j] - origin) * scale.inv_temperature);
+    for (int j = 0; j < kGroup; ++j) mass[j] = exp_scaled(z[j] - origin, scale);
     cumulate(mass, kGroup, cdf);
     return peak;
   }
@@ -158,10 +158,7 @@ template <typename Type>
 double full_lse(const Workspace& work, int64_t groups, float peak, const Irregular& irregular, const Scale& scale) {
   if (irregular.nan > 0) return std::numeric_limits<double>::quiet_NaN();
   if (irregular.inf > 0 || peak == -kInf) return peak;
-  // fp32 exponentials will do here: 1e-7 of a group's mass is what its sum is off by already.
-  for (int64_t g = 0; g < groups; ++g) {
-    work.cdf[g] = static_cast<double>(work.sums[g]) * exp_scaled(work.peaks[g] - peak, scale);
-  }
+  group_masses(work.peaks, work.sums, groups, peak, scale, work.cdf);
   return peak * scale.inv_temperature + std::log(sum_of(work.cdf, groups));
 }
 
@@ -189,21 +186,21 @@ double sample_row(const Problem& problem, const Workspace& shared, const typenam
   } else {
     const int64_t touched = rest.take_head_out();
     const float rest_peak = head > 0 ? largest(work.peaks, groups) : peak;
-    const double origin = rest_peak == -kInf ? 0.0 : rest_peak;
+    const float origin = rest_peak == -kInf ? 0.0f : rest_peak;
     group_masses(work.peaks, work.sums, groups, origin, scale, work.cdf);
     for (int64_t i = 0; i < touched; ++i) {
       const int64_t g = work.touched[i];
-      work.cdf[g] = work.touched_sums[i] * exp_double((work.peaks[g] - origin) * t);
+      work.cdf[g] = work.touched_sums[i] * exp_scaled(work.peaks[g] - origin, scale);
     }
     total = cumulate(work.cdf, groups, work.cdf);
-    rest_lse = rest_peak == -kInf ? -static_cast<double>(kInf) : origin * t + std::log(total);
+    rest_lse = rest_peak == -kInf ? -static_cast<double>(kInf) : static_cast<double>(origin) * t + std::log(total);
 
     if (irregular.nan > 0) {
       lse = std::numeric_limits<double>::quiet_NaN();
     } else if (irregular.inf > 0 || peak == -kInf) {
       lse = peak;
     } else {
-      double sum = rest_peak == -kInf ? 0.0 : total * exp_double((origin - peak) * t);
+      double sum = rest_peak == -kInf ? 0.0 : total * exp_double((static_cast<double>(origin) - peak) * t);
       for (int64_t i = 0; i < head; ++i) {
         sum += exp_double((Type::load(row[head_ids[i]]) - static_cast<double>(peak)) * t);
       }
