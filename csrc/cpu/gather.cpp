@@ -13,8 +13,9 @@
 namespace asyncopd {
 namespace {
 
-constexpr int kBlock = 512;  // columns; 2 KiB of fp32 stay in L1 between the two passes
-constexpr int kLanes = 64;   // independent partial results: four AVX-512 registers, or sixteen of SSE
+constexpr int kBlock = 2048;  // columns; 8 KiB of fp32 stay in L1 between the two passes
+constexpr int kLanes = 16;    // independent partial sums: one AVX-512 register, or four of SSE
+constexpr int kStep = 4 * kLanes;  // columns at a time, and independent partial maxima
 
 struct Problem {
   const void* logits;

@@ -14,10 +14,10 @@
 #include "numeric.inl"
 
 // Combines all lanes into lanes[0], halving their number each time.
-template <typename Op>
+template <int count, typename Op>
 ASYNCOPD_INLINE void fold(float* lanes, Op op) {
 #pragma GCC unroll 8
-  for (int half = kLanes / 2; half > 0; half /= 2) {
+  for (int half = count / 2; half > 0; half /= 2) {
     for (int l = 0; l < half; ++l) lanes[l] = op(lanes[l], lanes[l + half]);
   }
 }
@@ -38,21 +38,26 @@ struct Running {
 template <typename Type>
 void accumulate(const typename Type::Storage* row, int64_t columns, const Scale& scale, Running& running) {
   constexpr float kInf = std::numeric_limits<float>::infinity();
-  alignas(64) float block[kBlock];
-  alignas(64) float lanes[kLanes];
+  constexpr bool kIsFloat = sizeof(typename Type::Storage) == sizeof(float);
+  alignas(64) float buffer[kBlock];
+  alignas(64) float lanes[kStep];
   for (int64_t start = 0; start < columns; start += kBlock) {
     const auto* source = row + start;
     const int width = static_cast<int>(columns - start < kBlock ? columns - start : kBlock);
-    const int padded = (width + kLanes - 1) / kLanes * kLanes;
-    for (int v = 0; v < width; ++v) block[v] = Type::load(source[v]);
-    for (int v = width; v < padded; ++v) block[v] = -kInf;
-
-    for (int l = 0; l < kLanes; ++l) lanes[l] = -kInf;
-    for (int v = 0; v < padded; v += kLanes) {
-      // A NaN never wins; it shows up in the sum.
-      for (int l = 0; l < kLanes; ++l) lanes[l] = block[v + l] > lanes[l] ? block[v + l] : lanes[l];
+    const int padded = (width + kStep - 1) / kStep * kStep;
+    const float* block = buffer;
+    if constexpr (kIsFloat) block = width == padded ? source : buffer;
+    if (block == buffer) {
+      for (int v = 0; v < width; ++v) buffer[v] = Type::load(source[v]);
+      for (int v = width; v < padded; ++v) buffer[v] = -kInf;
     }
-    fold(lanes, [](float a, float b) { return a > b ? a : b; });
+
+    for (int l = 0; l < kStep; ++l) lanes[l] = -kInf;
+    for (int v = 0; v < padded; v += kStep) {
+      // A NaN never wins; it shows up in the sum.
+      for (int l = 0; l < kStep; ++l) lanes[l] = block[v + l] > lanes[l] ? block[v + l] : lanes[l];
+    }
+    fold<kStep>(lanes, [](float a, float b) { return a > b ? a : b; });
     const float block_max = lanes[0];
 
     if (block_max > running.peak) {
@@ -69,10 +74,13 @@ void accumulate(const typename Type::Storage* row, int64_t columns, const Scale&
     // -inf minus -inf would be NaN: a row that is -inf so far measures from 0.
     const float origin = running.peak == -kInf ? 0.0f : running.peak;
     for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
-    for (int v = 0; v < padded; v += kLanes) {
-      for (int l = 0; l < kLanes; ++l) lanes[l] += exp_scaled(block[v + l] - origin, scale);
+    for (int v = 0; v < padded; v += kStep) {
+      // The next block comes from memory meanwhile.
+      const char* next = reinterpret_cast<const char*>(source + width + v);
+      for (size_t line = 0; line < kStep * sizeof(*source); line += 64) __builtin_prefetch(next + line);
+      for (int l = 0; l < kLanes; ++l) lanes[l] += sum_of_exp<true, kLanes>(block + v + l, origin, scale);
     }
-    fold(lanes, [](float a, float b) { return a + b; });
+    fold<kLanes>(lanes, [](float a, float b) { return a + b; });
     running.sum += lanes[0];
   }
 }

@@ -18,6 +18,7 @@ constexpr int kGroup = 64;        // columns; 256 bytes of fp32
 constexpr int kLanes = 16;        // independent partial results of a group: one AVX-512 register, or four of SSE
 constexpr int kBlockGroups = 32;  // 8 KiB of fp32 stay in L1 between the maxima and the exponentials
 constexpr int kBlock = kGroup * kBlockGroups;
+static_assert(kGroup == 4 * kLanes, "sum_of_exp");
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
@@ -49,28 +50,6 @@ ASYNCOPD_INLINE const float* load_block(const typename Type::Storage* source, in
   return buffer;
 }
 
-// Sum of exp((z[j] - origin) t) over every kLanes-th j of a group, origin being the group's largest logit: exp_scaled
-// for four logits side by side, since one alone is a chain of operations that each wait for the one before.
-ASYNCOPD_INLINE float sum_of_exp(const float* z, float origin, const Scale& scale) {
-  constexpr int kTerms = kGroup / kLanes;
-  float x[kTerms], shifted[kTerms], n[kTerms], r[kTerms], p[kTerms], power[kTerms];
-  for (int i = 0; i < kTerms; ++i) x[i] = z[i * kLanes] - origin;
-  // Below the smallest 2^-125 is added in place of 0, to a sum of at least 1. A NaN stays one.
-  for (int i = 0; i < kTerms; ++i) x[i] = x[i] < scale.smallest ? scale.smallest : x[i];
-  for (int i = 0; i < kTerms; ++i) shifted[i] = x[i] * scale.hi + kRoundAndBias;
-  for (int i = 0; i < kTerms; ++i) n[i] = shifted[i] - kRoundAndBias;
-  for (int i = 0; i < kTerms; ++i) r[i] = x[i] * scale.hi - n[i];
-  for (int i = 0; i < kTerms; ++i) power[i] = from_bits(to_bits(shifted[i]) << 23);
-  // Minimax polynomial of 2^r on [-1/2, 1/2] among those that are exactly 1 at 0; relative error 1.1e-7.
-  for (int i = 0; i < kTerms; ++i) p[i] = 0.0013264727f * r[i] + 0.009671513f;
-  for (int i = 0; i < kTerms; ++i) p[i] = p[i] * r[i] + 0.055507336f;
-  for (int i = 0; i < kTerms; ++i) p[i] = p[i] * r[i] + 0.24022242f;
-  for (int i = 0; i < kTerms; ++i) p[i] = p[i] * r[i] + 0.693147f;
-  for (int i = 0; i < kTerms; ++i) p[i] = p[i] * r[i] + 1.0f;
-  static_assert(kTerms == 4, "");
-  return (p[0] * power[0] + p[1] * power[1]) + (p[2] * power[2] + p[3] * power[3]);
-}
-
 // `groups` groups of a block, whose columns take `bytes` in memory; the next block's begin at `next`.
 ASYNCOPD_INLINE void summarize_block(const float* block, int groups, const Scale& scale, const char* next, int bytes,
                                      float* peaks, float* sums) {
@@ -90,7 +69,8 @@ ASYNCOPD_INLINE void summarize_block(const float* block, int groups, const Scale
   for (int g = 0; g < groups; ++g) origins[g] = peaks[g] == -kInf ? 0.0f : peaks[g];
   for (int g = 0; g < groups; ++g) {
     for (int line = 0; line < bytes; line += 64) __builtin_prefetch(next + g * bytes + line);
-    for (int l = 0; l < kLanes; ++l) lanes[g * kLanes + l] = sum_of_exp(block + g * kGroup + l, origins[g], scale);
+    const float* z = block + g * kGroup;
+    for (int l = 0; l < kLanes; ++l) lanes[g * kLanes + l] = sum_of_exp<false, kLanes>(z + l, origins[g], scale);
   }
   fold_lanes(lanes, groups, sums, [](float a, float b) { return a + b; });
 }
