@@ -2,15 +2,14 @@
 
 #include "kl.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #include "isa.h"
@@ -77,8 +76,44 @@ struct Totals {
   }
 };
 
-// histogram: [2, kBins], two of ratios or counts and sums of second moments.
-using RowsFunction = void (*)(const Problem&, const Tile&, int64_t* histogram, int64_t begin, int64_t end, Totals&);
+// Two histograms of ratios, or the counts and the sums of second moments. Half a megabyte that only exists where it is
+// used: ratios lie within a few octaves, and zeros for all of them would take longer than a small batch.
+class Histogram {
+ public:
+  // Bins low .. high of both count from now on.
+  void cover(int64_t low, int64_t high) {
+    if (low < begin_ || high >= end_) grow(low, high);
+  }
+
+  int64_t* of(int64_t which) { return bins_.get() + which * kBins; }
+  int64_t at(int64_t which, int64_t bin) const {
+    return bin < begin_ || bin >= end_ ? 0 : bins_.get()[which * kBins + bin];
+  }
+  int64_t end() const { return end_; }
+
+ private:
+  void grow(int64_t low, int64_t high) {
+    constexpr int64_t kOctave = 128;
+    low = low / kOctave * kOctave;
+    high = (high / kOctave + 1) * kOctave;
+    if (bins_ == nullptr) {
+      bins_.reset(new int64_t[2 * kBins]);
+      begin_ = end_ = low;
+    }
+    const int64_t begin = std::min(begin_, low), end = std::max(end_, high);
+    for (int64_t which = 0; which < 2; ++which) {
+      std::fill(of(which) + begin, of(which) + begin_, 0);
+      std::fill(of(which) + end_, of(which) + end, 0);
+    }
+    begin_ = begin;
+    end_ = end;
+  }
+
+  std::unique_ptr<int64_t[]> bins_;
+  int64_t begin_ = 0, end_ = 0;
+};
+
+using RowsFunction = void (*)(const Problem&, const Tile&, Histogram&, int64_t begin, int64_t end, Totals&);
 
 #define ASYNCOPD_KERNEL "kl.inl"
 #include "each_isa.h"
@@ -89,7 +124,7 @@ class Scratches {
  public:
   struct Scratch {
     std::unique_ptr<Group[]> groups;
-    std::unique_ptr<int64_t, decltype(&std::free)> histogram{nullptr, &std::free};
+    Histogram histogram;
   };
 
   explicit Scratches(int64_t groups) : groups_(groups) {}
@@ -105,9 +140,6 @@ class Scratches {
     }
     std::unique_ptr<Scratch> scratch(new Scratch);
     scratch->groups.reset(new Group[groups_]);
-    // calloc, because most bins are never touched, and then they are never made.
-    scratch->histogram.reset(static_cast<int64_t*>(std::calloc(2 * kBins, sizeof(int64_t))));
-    if (scratch->histogram == nullptr) throw std::bad_alloc();
     return scratch;
   }
 
@@ -119,8 +151,15 @@ class Scratches {
   // One bin of one of the two histograms, over all threads.
   int64_t bin(int64_t which, int64_t index) const {
     int64_t sum = 0;
-    for (const auto& scratch : idle_) sum += scratch->histogram.get()[which * kBins + index];
+    for (const auto& scratch : idle_) sum += scratch->histogram.at(which, index);
     return sum;
+  }
+
+  // Behind the last bin that counts anything.
+  int64_t end() const {
+    int64_t last = 0;
+    for (const auto& scratch : idle_) last = std::max(last, scratch->histogram.end());
+    return last;
   }
 
  private:
@@ -149,7 +188,7 @@ Totals run(const Launch& launch, const Problem& problem, Scratches& scratches) {
     std::unique_ptr<Scratches::Scratch> scratch = scratches.take();
     const Tile tile{scratch->groups.get(), scratch->groups.get() + groups};
     for (int64_t b = begin; b < end; ++b) {
-      launch.function(problem, tile, scratch->histogram.get(), b * block, std::min(launch.rows, (b + 1) * block),
+      launch.function(problem, tile, scratch->histogram, b * block, std::min(launch.rows, (b + 1) * block),
                       totals[static_cast<size_t>(b)]);
     }
     scratches.give_back(std::move(scratch));
@@ -221,7 +260,7 @@ double second_moment_threshold(const Scratches& scratches, const float* d, int64
 float percentile_99(const Scratches& scratches, int64_t drawn) {
   const int64_t rank = drawn - drawn / 100;
   int64_t seen = drawn;  // from the top, because there are few
-  for (int64_t b = kBins - 1; b > 0; --b) {
+  for (int64_t b = scratches.end() - 1; b > 0; --b) {
     seen -= scratches.bin(0, b) + scratches.bin(1, b);
     if (seen < rank) {
       const uint32_t low = static_cast<uint32_t>(b) << 16;

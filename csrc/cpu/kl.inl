@@ -156,10 +156,14 @@ double effective_entries(const Tile& t, int r, double mass, double squares) {
 }
 
 template <int kRows>
-void measure(const Tile& t, const Counts& counts, Totals& totals, int64_t* ratios) {
+void measure(const Tile& t, const Counts& counts, Totals& totals, Histogram& histogram) {
   float mass[kLanes] = {}, squares[kLanes] = {}, teacher[kLanes] = {}, coef[kLanes] = {}, drawn[kLanes] = {};
   float entries[kLanes];
-  int32_t changed[kLanes] = {};
+  int32_t changed[kLanes] = {}, low[kLanes], high[kLanes];
+  for (int l = 0; l < kLanes; ++l) {
+    low[l] = INT32_MAX;
+    high[l] = 0;
+  }
   int64_t any_drawn = 0;
   PerRow<kRows> num_drawn;
   for (int r = 0; r < kRows; ++r) {
@@ -176,7 +180,11 @@ void measure(const Tile& t, const Counts& counts, Totals& totals, int64_t* ratio
       coef[l] += g->coef[l];
       drawn[l] += g->drawn[l] ? weight : 0.0f;
       changed[l] += g->drawn[l] & g->changed[l];
-      g->bin[l] = static_cast<int32_t>((to_bits(weight * entries[l]) & 0x7fffffffu) >> 16);
+      const auto bin = static_cast<int32_t>((to_bits(weight * entries[l]) & 0x7fffffffu) >> 16);
+      g->bin[l] = bin;
+      const bool is_drawn = g->drawn[l] != 0;
+      low[l] = is_drawn & (bin < low[l]) ? bin : low[l];
+      high[l] = is_drawn & (bin > high[l]) ? bin : high[l];
     }
   }
   const PerRow<kRows> masses = by_row<kRows>(mass), all_squares = by_row<kRows>(squares);
@@ -190,6 +198,12 @@ void measure(const Tile& t, const Counts& counts, Totals& totals, int64_t* ratio
   }
   if (any_drawn == 0) return;
   for (int l = 0; l < kLanes; ++l) totals.changed += changed[l];
+  for (int l = 1; l < kLanes; ++l) {
+    low[0] = low[l] < low[0] ? low[l] : low[0];
+    high[0] = high[l] > high[0] ? high[l] : high[0];
+  }
+  histogram.cover(low[0], high[0]);
+  int64_t* ratios = histogram.of(0);
   for (const Group* g = t.begin; g < t.end; ++g) {
     for (int l = 0; l < kLanes; ++l) {
       // Two histograms, because ratios are alike and an increment waits for the one before it in the same bin.
@@ -199,7 +213,9 @@ void measure(const Tile& t, const Counts& counts, Totals& totals, int64_t* ratio
 }
 
 // The histogram of M2PO's second moments: count and sum of the low 16 bits for each bin of the high ones.
-inline void tally_moments(const Tile& t, int64_t* counts) {
+inline void tally_moments(const Tile& t, Histogram& histogram) {
+  histogram.cover(0, kBins - 1);
+  int64_t* counts = histogram.of(0);
   for (const Group* g = t.begin; g < t.end; ++g) {
     for (int l = 0; l < kLanes; ++l) {
       if (!(g->coef[l] >= 0.0f)) continue;
@@ -212,7 +228,7 @@ inline void tally_moments(const Tile& t, int64_t* counts) {
 
 // Rows [begin, end) of `rows`.
 template <int kRows, typename Id>
-void kl_rows(const Problem& problem, const Tile& t, int64_t* histogram, int64_t begin, int64_t end, Totals& totals) {
+void kl_rows(const Problem& problem, const Tile& t, Histogram& histogram, int64_t begin, int64_t end, Totals& totals) {
   for (int64_t n = begin; n < end; n += kRows) {
     if (kRows == 1 && !counts(problem, n)) {
       problem.losses[n] = 0.0f;
