@@ -121,9 +121,13 @@ def _check_gradient(name: str, gradient: Any, of: Tensor, widest: torch.dtype) -
     dtypes = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32, widest))
     if gradient.dtype not in dtypes:
         raise TypeError(f"{name}: got {gradient.dtype}, expected {' or '.join(map(str, dtypes))}")
-    if gradient.shape != of.shape or gradient.stride(-1) != 1:
+    # Elements of a row side by side, and rows that do not overlap: kernels add to them from several threads.
+    side_by_side = gradient.shape[-1] < 2 or gradient.stride(-1) == 1
+    apart = gradient.dim() < 2 or len(gradient) < 2 or gradient.stride(0) >= gradient.shape[1]
+    if gradient.shape != of.shape or not (side_by_side and apart):
         got = f"shape {list(gradient.shape)} with strides {list(gradient.stride())}"
-        raise ValueError(f"{name}: got {got}, expected shape {list(of.shape)} with elements of a row side by side")
+        expected = f"shape {list(of.shape)} with elements of a row side by side and rows that do not overlap"
+        raise ValueError(f"{name}: got {got}, expected {expected}")
     if gradient.requires_grad:
         raise ValueError(f"{name}: requires grad, expected a buffer that autograd does not follow")
     checks.check_device(name, gradient, of, "the head")

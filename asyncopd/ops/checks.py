@@ -64,6 +64,13 @@ def check_count(name: str, value: int, low: int, high: int | None, what: str) ->
         raise ValueError(f"{name}: got {value}, expected {bounds} ({what})")
 
 
+def check_temperature(value: float) -> None:
+    """Within what the fp32 kernels can divide by: beyond, a logit of -inf would not be told from one that is small."""
+    check_positive("temperature", value)
+    if not 1e-30 <= value <= 1e30:
+        raise ValueError(f"temperature: got {value}, expected a number from 1e-30 to 1e30")
+
+
 def check_positive(name: str, value: float | None) -> None:
     if value is None:
         return
@@ -103,7 +110,7 @@ def check_head(
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}]")
         check_device("bias", bias, hidden, "hidden")
-    check_positive("temperature", temperature)
+    check_temperature(temperature)
     check_positive("softcap", softcap)
     if not isinstance(logit_scale, int | float):
         raise TypeError(f"logit_scale: got {type(logit_scale).__name__}, expected a number")

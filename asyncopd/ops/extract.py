@@ -55,7 +55,7 @@ def topk_logprobs(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
     """
     checks.check_matrix("logits", logits, "V")
     checks.check_count("k", k, 1, logits.shape[1], "V")
-    checks.check_positive("temperature", temperature)
+    checks.check_temperature(temperature)
     return TopK(*_topk_logprobs(logits.detach(), k, float(temperature)))
 
 

@@ -61,7 +61,7 @@ def gather_logprobs(logits: Tensor, ids: Tensor, *, temperature: float = 1.0) ->
     """
     checks.check_matrix("logits", logits, "V")
     checks.check_ids("ids", ids, logits, "logits")
-    checks.check_positive("temperature", temperature)
+    checks.check_temperature(temperature)
     return _gather(logits, ids, float(temperature))[0]
 
 

@@ -72,7 +72,7 @@ def sample_support(
     checks.check_count("num_samples", num_samples, 0, None, "draws")
     checks.check_count("head", head, 0, logits.shape[1], "V")
     checks.check_count("head + num_samples", head + num_samples, 1, None, "K")
-    checks.check_positive("temperature", temperature)
+    checks.check_temperature(temperature)
     streams = None
     if isinstance(seed, Tensor):
         checks.check_row_vector("seed", seed, logits, "logits", (torch.int64,))

@@ -29,7 +29,7 @@ def vocab_parallel_topk_logprobs(logits: Tensor, k: int, shard: VocabShard, *, t
     checks.check_matrix("logits", logits, "V_r")
     shard.check_size("logits", logits.shape, logits.shape[1])
     checks.check_count("k", k, 1, shard.vocab, "V")
-    checks.check_positive("temperature", temperature)
+    checks.check_temperature(temperature)
     ids, _, lse = _OPS.topk_logprobs(logits, min(k, shard.size), float(temperature))
     return _merge(logits.gather(1, ids).to(lse.dtype), ids, lse, k, float(temperature), shard)
 

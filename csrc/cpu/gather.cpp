@@ -13,8 +13,9 @@
 namespace asyncopd {
 namespace {
 
-constexpr int kBlock = 2048;  // columns; 8 KiB of fp32 stay in L1 between the two passes
-constexpr int kLanes = 16;    // independent partial sums: one AVX-512 register, or four of SSE
+constexpr int kBlock = 2048;       // columns; 8 KiB of fp32 stay in L1 between the two passes
+constexpr int kRun = 512;          // columns that are summed in fp32
+constexpr int kLanes = 16;         // independent partial sums: one AVX-512 register, or four of SSE
 constexpr int kStep = 4 * kLanes;  // columns at a time, and independent partial maxima
 
 struct Problem {

@@ -5,8 +5,9 @@
 // A block is read from memory once (its maximum) and then again from L1 (its exponentials), so the limit is one read
 // of the logits: V * 4 bytes a row for fp32, V * 2 for bf16 and fp16.
 //
-// Accuracy. A block is summed in fp32, as kLanes separate sums and then a tree, so with few roundings; blocks are
-// added in fp64, so the number of columns does not matter.
+// Accuracy. kRun columns are summed in fp32, as trees of four, kLanes separate sums of eight of those, and a tree again:
+// few roundings, which matters because equal logits are all rounded alike. Runs are added in fp64, so the number of
+// columns does not matter.
 //
 // The lanes are spelled out because a compiler may not reorder a sum or a maximum of floats by itself, and the flag
 // that lets it (-ffast-math) also takes NaN and inf away. So written, GCC and clang vectorise both loops.
@@ -61,7 +62,7 @@ void accumulate(const typename Type::Storage* row, int64_t columns, const Scale&
     const float block_max = lanes[0];
 
     if (block_max > running.peak) {
-      // While everything so far was -inf the sum is 0, or NaN, and there is nothing to rescale.
+      // While everything so far was -inf the sum is next to 0, or NaN, and there is nothing to rescale.
       if (running.peak != -kInf && block_max != kInf) {
         running.sum *= std::exp((static_cast<double>(running.peak) - block_max) * scale.inv_temperature);
       }
@@ -73,15 +74,18 @@ void accumulate(const typename Type::Storage* row, int64_t columns, const Scale&
     }
     // -inf minus -inf would be NaN: a row that is -inf so far measures from 0.
     const float origin = running.peak == -kInf ? 0.0f : running.peak;
-    for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
-    for (int v = 0; v < padded; v += kStep) {
-      // The next block comes from memory meanwhile.
-      const char* next = reinterpret_cast<const char*>(source + width + v);
-      for (size_t line = 0; line < kStep * sizeof(*source); line += 64) __builtin_prefetch(next + line);
-      for (int l = 0; l < kLanes; ++l) lanes[l] += sum_of_exp<true, kLanes>(block + v + l, origin, scale);
+    for (int run = 0; run < padded; run += kRun) {
+      const int end = run + kRun < padded ? run + kRun : padded;
+      for (int l = 0; l < kLanes; ++l) lanes[l] = 0.0f;
+      for (int v = run; v < end; v += kStep) {
+        // The next block comes from memory meanwhile, or what follows the row's last one.
+        const char* next = reinterpret_cast<const char*>(source + width + v);
+        for (size_t line = 0; line < kStep * sizeof(*source); line += 64) __builtin_prefetch(next + line);
+        for (int l = 0; l < kLanes; ++l) lanes[l] += sum_of_exp<true, kLanes>(block + v + l, origin, scale);
+      }
+      fold<kLanes>(lanes, [](float a, float b) { return a + b; });
+      running.sum += lanes[0];
     }
-    fold<kLanes>(lanes, [](float a, float b) { return a + b; });
-    running.sum += lanes[0];
   }
 }
 

@@ -76,7 +76,8 @@ struct Float16 {
 // those bits are the exponent field of 2^n.
 constexpr float kRoundAndBias = 12582912.0f + 127.0f;
 
-// exp(x t) for x <= 0; exactly 0 for -inf and below about 2^-125, NaN for NaN. Relative error about 1e-7.
+// exp(x t) for x <= 0; exactly 0 for -inf and below about 2^-125, NaN for NaN. Relative error 1e-7; on the baseline,
+// without fused multiply-add, up to 6e-8 |x t|.
 ASYNCOPD_INLINE float exp_scaled(float x, const Scale& scale) {
   const float shifted = x * scale.hi + kRoundAndBias;
   const float n = shifted - kRoundAndBias;
@@ -97,7 +98,7 @@ ASYNCOPD_INLINE float exp_scaled(float x, const Scale& scale) {
 
 // exp((z[0] - origin) t) + .. + exp((z[3 stride] - origin) t), for an origin that no z exceeds: four side by side, since
 // one exponential alone is a chain of operations that each wait for the one before. 2^-125 stands in for what is less,
-// so this is for sums of which that is nothing. Relative error about 1e-7; where not `exact` 2e-7 and up to 6e-8 |x t|
+// so this is for sums of which that is nothing. Relative error as exp_scaled; where not `exact` 2e-7 and up to 6e-8 |x t|
 // more, for two operations less.
 template <bool exact, int stride>
 ASYNCOPD_INLINE float sum_of_exp(const float* z, float origin, const Scale& scale) {
@@ -108,7 +109,7 @@ ASYNCOPD_INLINE float sum_of_exp(const float* z, float origin, const Scale& scal
   for (int i = 0; i < 4; ++i) n[i] = shifted[i] - kRoundAndBias;
   for (int i = 0; i < 4; ++i) r[i] = x[i] * scale.hi - n[i];
   for (int i = 0; i < 4; ++i) power[i] = from_bits(to_bits(shifted[i]) << 23);
-  if (exact) {  // as exp_scaled
+  if constexpr (exact) {  // as exp_scaled
     for (int i = 0; i < 4; ++i) r[i] = x[i] * scale.lo + r[i];
     for (int i = 0; i < 4; ++i) p[i] = 0.0001534581242594868f * r[i] + 0.0013399930903688073f;
     for (int i = 0; i < 4; ++i) p[i] = p[i] * r[i] + 0.009618489071726799f;

@@ -5,7 +5,8 @@
 // measured from its own maximum, so no group underflows because another one is large: what is left of a row after its
 // head is taken away keeps its full precision.
 //
-// Accuracy. fp32 inside a group (64 terms, added as a tree, the largest of them exactly 1), fp64 across groups. One
+// Accuracy. fp32 inside a group (64 terms, added as a tree, the largest of them exactly 1, each off by 1.1e-7 and its
+// rounding), fp64 across groups. One
 // float for t log2(e) is enough: off by a share of 6e-8 at most, it moves log S of a group's sum S by 6e-8 E, where E,
 // the mean of |x t| under the group's own softmax, is at most log(kGroup): log S + E is the entropy of 64 terms.
 //
@@ -76,7 +77,7 @@ ASYNCOPD_INLINE void summarize_block(const float* block, int groups, const Scale
 }
 
 // peaks[g] is the largest logit of group g that is not NaN (-inf if there is none). sums[g] is NaN where the group
-// holds a NaN or +inf, next to 0 where all is -inf, else 1..kGroup. Both have room for whole blocks.
+// holds a NaN or +inf, next to 0 where all is -inf, else 1..kGroup.
 template <typename Type>
 void summarize(const typename Type::Storage* row, int64_t vocab, const Scale& scale, float* peaks, float* sums) {
   constexpr int kBytes = kGroup * sizeof(typename Type::Storage);
@@ -84,7 +85,7 @@ void summarize(const typename Type::Storage* row, int64_t vocab, const Scale& sc
   for (int64_t start = 0; start < vocab; start += kBlock, peaks += kBlockGroups, sums += kBlockGroups) {
     const int width = static_cast<int>(vocab - start < kBlock ? vocab - start : kBlock);
     const float* block = load_block<Type>(row + start, width, -kInf, buffer);
-    // One address more than the row's end may be formed, and prefetched; it is rarely wrong (rows follow each other).
+    // After the last block what follows the row is prefetched: the next row, as a rule.
     const char* next = reinterpret_cast<const char*>(row + start + width);
     if (width == kBlock) {  // a constant number of groups leaves no loop conditions
       summarize_block(block, kBlockGroups, scale, next, kBytes, peaks, sums);
@@ -109,9 +110,9 @@ ASYNCOPD_INLINE float largest(const float* values, int64_t n) {
   return lanes[0];
 }
 
-// masses[g] = sums[g] exp((peaks[g] - origin) t); NaN where sums[g] is. origin: at least every peak, finite. The fp32
-// exponential adds 1e-7 of a group's mass to what its sum is off by already; what it takes for 0, below 2^-125, is far
-// below the rounding of the largest mass.
+// masses[g] = sums[g] exp((peaks[g] - origin) t); NaN where sums[g] is. origin: at least every peak, finite. In fp32, as
+// the sums are: off by 1e-7 and, from the subtraction, up to 6e-8 |x t|, which again is little where there is mass. What
+// counts as 0, below 2^-125, is far below the rounding of the largest mass.
 ASYNCOPD_INLINE void group_masses(const float* peaks, const float* sums, int64_t groups, float origin,
                                   const Scale& scale, double* masses) {
   for (int64_t g = 0; g < groups; ++g) masses[g] = static_cast<double>(sums[g]) * exp_scaled(peaks[g] - origin, scale);

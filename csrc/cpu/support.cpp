@@ -72,8 +72,7 @@ class Arena {
 };
 
 Workspace lay_out(const Problem& problem, Arena& arena) {
-  // Groups are computed a block at a time.
-  const int64_t groups = (problem.vocab + kCacheWidth - 1) / kCacheWidth + baseline::kBlockGroups;
+  const int64_t groups = (problem.vocab + kCacheWidth - 1) / kCacheWidth;
   const int64_t head = problem.head;
   Workspace work;
   work.peaks = arena.take<float>(groups);

@@ -73,6 +73,14 @@ def test_equal_logits_do_not_accumulate_error(value: float, isa: int) -> None:
     assert_matches(logits, torch.tensor([[0, 5], [0, 5]]), temperature=0.9, isa=isa)
 
 
+@pytest.mark.parametrize(("value", "vocab"), [(-18.03, 2048), (-16.9, REAL_VOCAB), (-13.878, REAL_VOCAB)])
+def test_equal_logits_below_a_few_do_not_either(value: float, vocab: int, isa: int) -> None:
+    logits = torch.full((1, vocab), value)
+    logits[0, ::2048] = 0.0
+    _, lse = gather(logits, torch.zeros(1, 1, dtype=torch.int64), 1.0, isa=isa)
+    torch.testing.assert_close(lse.double(), logits.double().logsumexp(1), rtol=6e-8, atol=7e-7)
+
+
 def test_ties_and_duplicate_ids_get_equal_values(isa: int) -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
     logprobs, _ = gather(logits, torch.tensor([[1, 2, 3, 1]]), 1.0, isa=isa)

@@ -105,6 +105,10 @@ def test_what_would_not_add_up_is_refused(rng: torch.Generator) -> None:
         linear_gather_logits_into(hidden, weight, ids, good[1:])
     with pytest.raises(ValueError, match=r"weight_grad: .* strides \[1, 17\]"):
         linear_gather_logits_into(hidden, weight, ids, good.t().contiguous().t())
+    with pytest.raises(ValueError, match=r"weight_grad: .* strides \[0, 1\], expected .* rows that do not overlap"):
+        linear_gather_logits_into(hidden, weight, ids, good[:1].expand(V, -1))
+    with pytest.raises(ValueError, match=r"weight_grad: .* strides \[2, 1\]"):
+        linear_gather_logits_into(hidden, weight, ids, good.as_strided((V, H), (2, 1)))
     with pytest.raises(TypeError, match=r"weight_grad: got torch.int64"):
         linear_gather_logits_into(hidden, weight, ids, good.long())
     with pytest.raises(TypeError, match=r"weight_grad: got NoneType"):

@@ -87,6 +87,11 @@ REFUSED = [
         for name in names
         for bad, error in ((0.0, ValueError), (-1.0, ValueError), (float("nan"), ValueError), ("1", TypeError))
     ),
+    *(
+        (call, {"temperature": bad}, ValueError, "temperature")
+        for call in (topk, gather, sample, linear_topk, linear_gather)
+        for bad in (1e-31, 1e31)
+    ),
     (linear_gather, {"logit_scale": 0.0}, ValueError, "logit_scale"),
     (linear_gather, {"logit_scale": float("inf")}, ValueError, "logit_scale"),
 ]
