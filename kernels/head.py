@@ -3,55 +3,34 @@
 import torch
 from torch import Tensor
 
-from asyncopd.backends.reference.linear import Head, rows_with_gradient
+from asyncopd.backends.reference.head import Head
+from asyncopd.backends.reference.linear import rows_with_gradient
 from asyncopd.backends.reference.rows import PAD, check_ids_in_range, normalized
 from asyncopd.kernels.head_walk import Gradients, Rows, Walk
 from asyncopd.kernels.sparse_head import linear_gather_logits
 
 
-def linear_gather_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], ids [N, K] -> fp32 log p [N, K], LSE [N]; masked rows get -inf and 0."""
-    check_ids_in_range(ids, weight.shape[0])
+def linear_gather_logprobs(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """hidden [N, H], ids [N, K] -> fp32 log p [N, K], LSE [N]; masked rows get -inf and 0."""
+    check_ids_in_range(ids, head.weight.shape[0])
     rows = Rows.of(mask)
-    head = Head(weight, bias, temperature, logit_scale, softcap)
     logprobs, lse = Walk(rows.take(hidden), rows.take_ids(ids), head, rows.count).forward([])
     return rows.put(logprobs, -torch.inf), rows.put(lse, 0.0)
 
 
-def linear_logsumexp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
+def linear_logsumexp(hidden: Tensor, head: Head, mask: Tensor | None) -> Tensor:
     """LSE [N] of the head's logits; 0 in masked rows."""
     no_ids = torch.empty((hidden.shape[0], 0), dtype=torch.int64, device=hidden.device)
-    return linear_gather_logprobs(hidden, weight, no_ids, bias, mask, temperature, logit_scale, softcap)[1]
+    return linear_gather_logprobs(hidden, head, no_ids, mask)[1]
 
 
 def linear_gather_logprobs_backward(
     grad: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     lse: Tensor,
     ids: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one).
@@ -60,23 +39,20 @@ def linear_gather_logprobs_backward(
     """
     used = rows_with_gradient(grad, ids, mask)
     rows = Rows.of(used)
-    hidden_used, ids_used = rows.take(hidden.to(weight.dtype)), rows.take_ids(ids)
-    head = Head(weight, bias, temperature, logit_scale, softcap)
+    hidden_used, ids_used = rows.take(hidden.to(head.weight.dtype)), rows.take_ids(ids)
     gradients = Gradients.of(hidden_used, head, True, need_weight)
     walk = Walk(hidden_used, ids_used, head, rows.count)
     # The logits at the ids are K products a row; they were not kept.
-    held = ids_used.clamp(min=PAD)
-    scores = linear_gather_logits(hidden_used, weight, held, bias, None, temperature, logit_scale, softcap)
+    scores = linear_gather_logits(hidden_used, head, ids_used.clamp(min=PAD), None)
     lse = rows.take(lse)
-    walk.at_ids = scores * temperature
+    walk.at_ids = scores * head.temperature
     walk.backward(rows.take(grad.float()), normalized(scores, lse, ids_used), lse, [], gradients)
-    return finished(gradients, rows, hidden, weight, bias)
+    return finished(gradients, rows, hidden, head)
 
 
-def finished(
-    gradients: Gradients, rows: Rows, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def finished(gradients: Gradients, rows: Rows, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """What an op returns, in the dtypes of what it belongs to."""
+    weight, bias = head.weight, head.bias
     dhidden, dweight, dbias = gradients.hidden, gradients.weight, gradients.bias
     return (
         hidden.new_empty(0, hidden.shape[1]) if dhidden is None else rows.put(dhidden.to(hidden.dtype), 0.0),

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from asyncopd import backends
 from asyncopd.backends.loss_spec import LossSpec
-from asyncopd.backends.reference.linear import Head
+from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import check_ids_in_range, compute_dtype
 from asyncopd.kernels.head import finished
 from asyncopd.kernels.head_walk import Gradients, Rows, Walk, room_for
@@ -14,28 +14,23 @@ from asyncopd.kernels.head_walk import Gradients, Rows, Walk, room_for
 
 def linear_kl(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     mask: Tensor | None,
     ids: Tensor,
     teacher: Tensor,
     log_weights: Tensor,
     proximal: Tensor | None,
     denominator: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_hidden: bool,
     need_weight: bool,
     spec: LossSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, and gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (or empty)."""
-    check_ids_in_range(ids, weight.shape[0])
+    check_ids_in_range(ids, head.weight.shape[0])
     rows = Rows.of(mask)
     hidden_used, ids_used = rows.take(hidden), rows.take_ids(ids)
     teacher, log_weights = rows.take(teacher), rows.take(log_weights)
     proximal = None if proximal is None else rows.take(proximal)
-    head = Head(weight, bias, temperature, logit_scale, softcap)
     gradients = Gradients.of(hidden_used, head, need_hidden, need_weight)
     kept = room_for(hidden.shape[0], gradients.weight, head)
 
@@ -46,4 +41,4 @@ def linear_kl(
     # A row without coefficients adds nothing, whatever its hidden state holds: 0 * NaN in a product would.
     walk.hidden = torch.where((coef != 0).any(dim=1, keepdim=True), walk.hidden, 0.0)
     walk.backward(coef / denominator, logprobs, lse, kept, gradients)
-    return row_losses.sum() / denominator, metrics, *finished(gradients, rows, hidden, weight, bias)
+    return row_losses.sum() / denominator, metrics, *finished(gradients, rows, hidden, head)

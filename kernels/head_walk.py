@@ -21,7 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
-from asyncopd.backends.reference.linear import Head
+from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import PAD
 from asyncopd.kernels import head_tile
 from asyncopd.kernels.gather import IDS, RIVALS, logprobs_at

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from asyncopd.backends.reference.head import Head
 from asyncopd.kernels.epilogue import Epilogue
 from asyncopd.kernels.gemm import product
 from asyncopd.kernels.head_summary import summarize_head
@@ -60,19 +61,11 @@ class Problem(NamedTuple):
     k: int
 
 
-def linear_topk_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    k: int,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden [N, H], weight [V, H] -> ids int64 [N, k], log-probabilities fp32 [N, k], LSE [N]; k up to 1024."""
-    check_k("k", k, weight.shape[0])
-    epilogue = Epilogue.of(bias, logit_scale, softcap)
-    problem = Problem(_unit_stride(weight), epilogue, Scale.of(temperature), k)
+def linear_topk_logprobs(hidden: Tensor, head: Head, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden [N, H] -> ids int64 [N, k], log-probabilities fp32 [N, k], LSE [N]; k up to 1024."""
+    check_k("k", k, head.weight.shape[0])
+    epilogue = Epilogue.of(head.bias, head.logit_scale, head.softcap)
+    problem = Problem(_unit_stride(head.weight), epilogue, Scale.of(head.temperature), k)
     return extract(_unit_stride(hidden), problem, fused=fused_wins(hidden, problem))
 
 

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from asyncopd.backends.reference.head import Head
 from asyncopd.kernels.epilogue import tanh
 from asyncopd.kernels.launch import float_pair
 from asyncopd.kernels.numeric import INF
@@ -29,9 +30,10 @@ class Factors(NamedTuple):
     back_low: float
 
     @classmethod
-    def of(cls, temperature: float, logit_scale: float, softcap: float | None) -> "Factors":
-        cap = temperature if softcap is None else softcap
-        numbers = (logit_scale / cap, cap / temperature, logit_scale / temperature, temperature / cap)
+    def of(cls, head: Head) -> "Factors":
+        scale, temperature = head.logit_scale, head.temperature
+        cap = temperature if head.softcap is None else head.softcap
+        numbers = (scale / cap, cap / temperature, scale / temperature, temperature / cap)
         return cls(*(part for number in numbers for part in float_pair(number)))
 
 

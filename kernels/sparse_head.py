@@ -18,6 +18,7 @@ that the caller keeps, and touches the rows that ids name.
 import torch
 from torch import Tensor
 
+from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import check_ids_in_range
 from asyncopd.kernels.launch import DTYPES, INTERPRET, check_ids
 from asyncopd.kernels.softcap import Factors
@@ -26,40 +27,26 @@ from asyncopd.kernels.sparse_rows import launch_hidden_gradient, launch_logits
 from asyncopd.kernels.sparse_weight import launch_weight_gradient
 
 
-def linear_gather_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """hidden [N, H], weight [V, H] of one dtype, ids [N, K] -> fp32 logits [N, K]; -inf at pads and in masked rows.
+def linear_gather_logits(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """hidden [N, H] of the weight's dtype, ids [N, K] -> fp32 logits [N, K]; -inf at pads and in masked rows.
 
-    bias [V] has any float dtype, mask [N] is bool. Any row strides; a weight without unit stride inside its rows is
+    The bias has any float dtype, mask [N] is bool. Any row strides; a weight without unit stride inside its rows is
     copied. An id outside [-1, V) gives NaN on a device, where nothing can be raised without synchronising.
     """
-    hidden, weight, ids = _check(hidden, weight, ids, bias, mask, temperature, softcap)
+    hidden, weight, ids = _check(hidden, head, ids, mask)
     if mask is not None:
         ids = ids.masked_fill(~mask[:, None], -1)
-    scalars = Factors.of(temperature, logit_scale, softcap)
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
-    return launch_logits(hidden, weight, ids, bias, scalars, softcap is not None)
+    bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
+    return launch_logits(hidden, weight, ids, bias, Factors.of(head), head.softcap is not None)
 
 
 def linear_gather_logits_backward(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [N, K] of `logits` -> gradients of hidden [N, H], weight [V, H] ([0, H] if not needed), bias [V] or [0].
@@ -67,24 +54,12 @@ def linear_gather_logits_backward(
     Each in the dtype of what it is the gradient of, rounded to it once; rows of the weight that no id names get 0.
     As in the reference, hidden may be wider than the head.
     """
+    weight, bias = head.weight, head.bias
     vocab, width = weight.shape
     dweight = torch.zeros(vocab if need_weight else 0, width, dtype=weight.dtype, device=weight.device)
     dbias = torch.zeros(0 if bias is None else vocab, dtype=torch.float32, device=weight.device)
-    dhidden = _backward(
-        grad,
-        logits,
-        hidden,
-        weight,
-        ids,
-        bias,
-        mask,
-        temperature,
-        logit_scale,
-        softcap,
-        dweight if need_weight else None,
-        None if bias is None else dbias,
-        add=False,
-    )
+    wanted = (dweight if need_weight else None, None if bias is None else dbias)
+    dhidden = _backward(grad, logits, hidden, head, ids, mask, *wanted, add=False)
     return dhidden, dweight, dbias.to(weight.dtype if bias is None else bias.dtype)
 
 
@@ -92,12 +67,9 @@ def linear_gather_logits_backward_into(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     weight_grad: Tensor,
     bias_grad: Tensor | None,
 ) -> Tensor:
@@ -107,6 +79,7 @@ def linear_gather_logits_backward_into(
     made in fp32, added to what is there, and rounded once. Only rows that ids name are read or written.
     weight_grad has unit stride inside its rows, bias_grad is contiguous. A captured CUDA graph adds at every replay.
     """
+    weight = head.weight
     for name, tensor, shape in (("weight_grad", weight_grad, weight.shape), ("bias_grad", bias_grad, weight.shape[:1])):
         if tensor is None:
             continue
@@ -117,51 +90,38 @@ def linear_gather_logits_backward_into(
             raise ValueError(f"{name}: got {got}, expected shape {list(shape)} with elements of a row side by side")
         if tensor.device != weight.device:
             raise ValueError(f"{name}: got device {tensor.device}, expected {weight.device} as weight")
-    scalars = (temperature, logit_scale, softcap)
-    return _backward(grad, logits, hidden, weight, ids, None, mask, *scalars, weight_grad, bias_grad, add=True)
+    return _backward(grad, logits, hidden, head, ids, mask, weight_grad, bias_grad, add=True)
 
 
 def _backward(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     *,
     add: bool,
 ) -> Tensor:
-    hidden, weight, ids = _check(hidden, weight, ids, bias, mask, temperature, softcap)
+    hidden, weight, ids = _check(hidden, head, ids, mask)
     if grad.shape != ids.shape or logits.shape != ids.shape:
         raise ValueError(
             f"grad, logits: got {list(grad.shape)}, {list(logits.shape)}, expected {list(ids.shape)} twice"
         )
     grad, logits = grad.to(torch.float32).contiguous(), logits.to(torch.float32).contiguous()
     mask = None if mask is None else mask.contiguous()
-    scalars = Factors.of(temperature, logit_scale, softcap)
-    entries = launch_entries(grad, logits, ids, mask, weight.shape[0], scalars, softcap is not None)
+    entries = launch_entries(grad, logits, ids, mask, weight.shape[0], Factors.of(head), head.softcap is not None)
     dhidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
     launch_hidden_gradient(entries, weight, dhidden)
     launch_weight_gradient(entries, hidden, dweight, dbias, weight.shape[0], add=add)
     return dhidden
 
 
-def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _check(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Hidden states and weight with unit column strides, contiguous ids; or an error that says what is wrong."""
+    weight, bias = head.weight, head.bias
     if weight.dtype not in DTYPES or hidden.dtype not in (weight.dtype, torch.float32):
         raise TypeError(
             f"hidden, weight: got {hidden.dtype}, {weight.dtype}, expected one of float32, bfloat16, float16 for both "
@@ -176,10 +136,10 @@ def _check(
         raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}]")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape[:1]):
         raise ValueError(f"mask: got {mask.dtype} {list(mask.shape)}, expected torch.bool [{ids.shape[0]}]")
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, expected a number above 0")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
+    if not head.temperature > 0:
+        raise ValueError(f"temperature: got {head.temperature}, expected a number above 0")
+    if head.softcap is not None and not head.softcap > 0:
+        raise ValueError(f"softcap: got {head.softcap}, expected a number above 0, or None")
     expected = "cpu" if INTERPRET else "cuda"
     devices = {str(tensor.device) for tensor in (hidden, weight, ids, bias, mask) if tensor is not None}
     if len(devices) > 1 or hidden.device.type != expected:

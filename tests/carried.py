@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import register_dataclass, tree_flatten, tree_map, tree_unflatten
 
 from asyncopd import backends
+from asyncopd.backends.reference.head import Head
+
+register_dataclass(Head)  # an argument with tensors in it
 
 
 def install(monkeypatch: pytest.MonkeyPatch, name: str, device: str) -> None:
@@ -41,11 +44,12 @@ def carried(function: Callable[..., Any], device: str) -> Callable[..., Any]:
     writes = function.__name__.endswith(("_", "_into"))
 
     def run(*args: Any) -> Any:
-        if any(isinstance(a, Tensor) and a.device.type != "cpu" for a in args):
+        leaves, structure = tree_flatten(args)
+        if any(isinstance(x, Tensor) and x.device.type != "cpu" for x in leaves):
             return function(*args)
-        moved = tuple(carry(a, device) if isinstance(a, Tensor) else a for a in args)
-        out = function(*moved)
-        for before, after in zip(args, moved, strict=True):
+        moved = [carry(x, device) if isinstance(x, Tensor) else x for x in leaves]
+        out = function(*tree_unflatten(moved, structure))
+        for before, after in zip(leaves, moved, strict=True):
             if isinstance(before, Tensor) and not same_bits(before, after.cpu()):
                 assert writes, f"{function.__name__} changed one of its arguments"
                 before.copy_(after)

@@ -6,6 +6,7 @@ from carried import carried, carry, install
 
 import asyncopd
 from asyncopd import backends
+from asyncopd.backends.reference.head import Head
 
 
 def test_a_copy_lies_in_memory_as_the_tensor_does() -> None:
@@ -35,6 +36,22 @@ def test_what_an_op_must_not_write_shows() -> None:
         carried(spoil, "cpu")(torch.ones(3))
     nothing = torch.tensor([float("nan"), -0.0])
     assert torch.equal(carried(torch.isnan, "cpu")(nothing.expand(2, 2)), torch.tensor([[True, False]] * 2))
+
+
+def test_the_tensors_of_a_head_are_carried() -> None:
+    head = Head(torch.ones(4, 3), None, 0.5, 2.0, None)
+
+    def look(given: Head) -> torch.Tensor:
+        assert given.weight.data_ptr() != head.weight.data_ptr()
+        assert (given.bias, given.temperature, given.logit_scale, given.softcap) == (None, 0.5, 2.0, None)
+        return given.weight.sum()
+
+    def spoil(given: Head) -> None:
+        given.weight.zero_()
+
+    assert carried(look, "cpu")(head) == 12
+    with pytest.raises(AssertionError, match="spoil changed one of its arguments"):
+        carried(spoil, "cpu")(head)
 
 
 def test_every_call_of_a_backend_is_carried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends import select
+from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
 from asyncopd.ops.gather import gather_from_head
@@ -31,8 +32,8 @@ def _backward_into(
     bias_grad: Tensor | None,
 ) -> Tensor:
     run = select("linear_gather_logits_backward_into", hidden.device, hidden.dtype)
-    scalars = (temperature, logit_scale, softcap)
-    return run(grad, logits, hidden, weight, ids, mask, *scalars, weight_grad, bias_grad)
+    head = Head(weight, None, temperature, logit_scale, softcap)
+    return run(grad, logits, hidden, head, ids, mask, weight_grad, bias_grad)
 
 
 @_backward_into.register_fake

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends import select
+from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
 from asyncopd.ops.head import prepare_head
@@ -26,7 +27,7 @@ def _linear_topk_logprobs(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("linear_topk_logprobs", hidden.device, hidden.dtype)
-    return run(hidden, weight, k, bias, temperature, logit_scale, softcap)
+    return run(hidden, Head(weight, bias, temperature, logit_scale, softcap), k)
 
 
 def _fake_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

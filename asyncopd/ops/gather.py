@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends import select
+from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
 from asyncopd.ops.head import prepare_head
@@ -80,7 +81,7 @@ def _linear_gather(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     run = select("linear_gather_logprobs", hidden.device, hidden.dtype)
-    return run(hidden, weight, ids, bias, mask, temperature, logit_scale, softcap)
+    return run(hidden, Head(weight, bias, temperature, logit_scale, softcap), ids, mask)
 
 
 @torch.library.custom_op("asyncopd::linear_gather_logprobs_backward", mutates_args=())
@@ -98,7 +99,8 @@ def _linear_gather_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("linear_gather_logprobs_backward", hidden.device, hidden.dtype)
-    return run(grad, hidden, weight, lse, ids, bias, mask, temperature, logit_scale, softcap, need_weight)
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    return run(grad, hidden, head, lse, ids, mask, need_weight)
 
 
 @torch.library.custom_op("asyncopd::linear_gather_logits", mutates_args=())
@@ -113,7 +115,7 @@ def _linear_logits(
     softcap: float | None,
 ) -> Tensor:
     run = select("linear_gather_logits", hidden.device, hidden.dtype)
-    return run(hidden, weight, ids, bias, mask, temperature, logit_scale, softcap)
+    return run(hidden, Head(weight, bias, temperature, logit_scale, softcap), ids, mask)
 
 
 @torch.library.custom_op("asyncopd::linear_gather_logits_backward", mutates_args=())
@@ -131,7 +133,8 @@ def _linear_logits_backward(
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("linear_gather_logits_backward", hidden.device, hidden.dtype)
-    return run(grad, logits, hidden, weight, ids, bias, mask, temperature, logit_scale, softcap, need_weight)
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    return run(grad, logits, hidden, head, ids, mask, need_weight)
 
 
 @torch.library.custom_op("asyncopd::linear_logsumexp", mutates_args=())
@@ -145,7 +148,7 @@ def _linear_logsumexp(
     softcap: float | None,
 ) -> Tensor:
     run = select("linear_logsumexp", hidden.device, hidden.dtype)
-    return run(hidden, weight, bias, mask, temperature, logit_scale, softcap)
+    return run(hidden, Head(weight, bias, temperature, logit_scale, softcap), mask)
 
 
 @_linear_gather.register_fake

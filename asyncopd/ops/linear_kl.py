@@ -11,6 +11,7 @@ from torch import Tensor
 
 from asyncopd.backends import select
 from asyncopd.backends.loss_spec import SPEC_SCHEMA, LossMetrics, LossSpec
+from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
 
 _SCHEMA = (
@@ -46,23 +47,9 @@ def linear_kl(
     empty without a bias.
     """
     run = select("linear_kl", hidden.device, hidden.dtype)
-    return run(
-        hidden,
-        weight,
-        bias,
-        mask,
-        ids,
-        teacher,
-        log_weights,
-        proximal,
-        denominator,
-        temperature,
-        logit_scale,
-        softcap,
-        need_hidden,
-        need_weight,
-        LossSpec.of(spec),
-    )
+    head = Head(weight, bias, temperature, logit_scale, softcap)
+    support = (ids, teacher, log_weights, proximal)
+    return run(hidden, head, mask, *support, denominator, need_hidden, need_weight, LossSpec.of(spec))
 
 
 @linear_kl.register_fake

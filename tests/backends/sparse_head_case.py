@@ -1,12 +1,13 @@
 """A problem of the sampled head and its answer in fp64, for every backend that has kernels of its own."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from asyncopd.backends.reference import linear as reference
+from asyncopd.backends.reference.head import Head
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 PLAIN, CAPPED = (1.0, 1.0, None), (0.7, -1.3, 4.0)  # temperature, logit scale, softcap
@@ -58,9 +59,13 @@ class Case:
         )
 
     @property
-    def head(self) -> tuple[Any, ...]:
-        """As the backends' functions take it."""
-        return self.hidden, self.weight, self.ids, self.bias, self.mask, *self.scalars
+    def head(self) -> Head:
+        return Head(self.weight, self.bias, *self.scalars)
+
+    @property
+    def arguments(self) -> tuple[Tensor, Head, Tensor, Tensor | None]:
+        """As the backends' functions take them."""
+        return self.hidden, self.head, self.ids, self.mask
 
     def logits(self, **how: int) -> Tensor:
         raise NotImplementedError
@@ -75,8 +80,8 @@ class Case:
         """Logits and the three gradients in fp64."""
         bias = None if self.bias is None else self.bias.double()
         exact = replace(self, hidden=self.hidden.double(), weight=self.weight.double(), bias=bias)
-        logits = reference.linear_gather_logits(*exact.head)
-        return logits, reference.linear_gather_logits_backward(self.grad.double(), logits, *exact.head, True)
+        logits = reference.linear_gather_logits(*exact.arguments)
+        return logits, reference.linear_gather_logits_backward(self.grad.double(), logits, *exact.arguments, True)
 
     def assert_matches(self, **how: int) -> Gradients:
         logits, gradients = self.logits(**how), self.gradients(**how)

@@ -7,7 +7,7 @@ from torch import Tensor
 from asyncopd.backends import cpu, reference
 from asyncopd.backends.cpu import head as head_ops
 from asyncopd.backends.cpu import walk
-from asyncopd.backends.reference.linear import Head
+from asyncopd.backends.reference.head import Head
 
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -53,18 +53,17 @@ def test_forward_and_backward(vocab: int, dtype: torch.dtype, scalars: tuple[flo
     hidden, weight, ids, bias = random_case(7, vocab, 9, dtype)
     mask = torch.tensor([True, False, True, True, False, True, True])
     hidden[1], ids[0, 1] = NAN, ids[0, 0]
-    wide = (hidden.double(), weight.double(), ids, bias.double(), mask, *scalars)
-    logprobs, lse = cpu.linear_gather_logprobs(hidden, weight, ids, bias, mask, *scalars)
-    expected, expected_lse = reference.linear_gather_logprobs(*wide)
+    head, wide = Head(weight, bias, *scalars), Head(weight.double(), bias.double(), *scalars)
+    logprobs, lse = cpu.linear_gather_logprobs(hidden, head, ids, mask)
+    expected, expected_lse = reference.linear_gather_logprobs(hidden.double(), wide, ids, mask)
     close(logprobs, expected)
     close(lse, expected_lse)
     assert torch.equal(logprobs == -INF, (ids < 0) | ~mask[:, None])
 
     grad = torch.randn(ids.shape, generator=torch.Generator().manual_seed(3))
-    args = (bias, mask, *scalars, True)
-    mine = cpu.linear_gather_logprobs_backward(grad, hidden, weight, lse, ids, *args)
+    mine = cpu.linear_gather_logprobs_backward(grad, hidden, head, lse, ids, mask, True)
     theirs = reference.linear_gather_logprobs_backward(
-        grad.double(), *wide[:2], expected_lse, ids, bias.double(), mask, *scalars, True
+        grad.double(), hidden.double(), wide, expected_lse, ids, mask, True
     )
     for a, b in zip(mine, theirs, strict=True):
         assert a.dtype == dtype
@@ -73,22 +72,24 @@ def test_forward_and_backward(vocab: int, dtype: torch.dtype, scalars: tuple[flo
 
 def test_a_frozen_head_gets_no_gradient_tensor() -> None:
     hidden, weight, ids, _ = random_case(5, 300, 4)
-    lse = cpu.linear_logsumexp(hidden, weight, None, None, *PLAIN)
+    head = Head(weight, None, *PLAIN)
+    lse = cpu.linear_logsumexp(hidden, head, None)
     grad = torch.ones(ids.shape)
-    dh, dw, db = cpu.linear_gather_logprobs_backward(grad, hidden, weight, lse, ids, None, None, *PLAIN, False)
+    dh, dw, db = cpu.linear_gather_logprobs_backward(grad, hidden, head, lse, ids, None, False)
     assert dw.shape == (0, weight.shape[1])
     assert db.shape == (0,)
-    whole = cpu.linear_gather_logprobs_backward(grad, hidden, weight, lse, ids, None, None, *PLAIN, True)
+    whole = cpu.linear_gather_logprobs_backward(grad, hidden, head, lse, ids, None, True)
     assert torch.equal(dh, whole[0])
 
 
 def test_rows_without_gradient_may_hold_anything() -> None:
     hidden, weight, ids, _ = random_case(5, 300, 4)
-    lse = cpu.linear_logsumexp(hidden, weight, None, None, *PLAIN)
+    head = Head(weight, None, *PLAIN)
+    lse = cpu.linear_logsumexp(hidden, head, None)
     grad = torch.ones(ids.shape)
     grad[2] = 0.0
     hidden[2], lse[2] = NAN, NAN
-    dh, dw, _ = cpu.linear_gather_logprobs_backward(grad, hidden, weight, lse, ids, None, None, *PLAIN, True)
+    dh, dw, _ = cpu.linear_gather_logprobs_backward(grad, hidden, head, lse, ids, None, True)
     assert dh.isfinite().all()
     assert dw.isfinite().all()
     assert (dh[2] == 0).all()
@@ -101,9 +102,9 @@ def test_special_logits_in_any_block(value: float) -> None:
         hidden, weight, ids, bias = random_case(3, 300, 4)
         bias[at] = value
         ids[0, 0], ids[1] = at, -1
-        logprobs, lse = cpu.linear_gather_logprobs(hidden, weight, ids, bias, None, *PLAIN)
-        wide = (hidden.double(), weight.double(), ids, bias.double(), None)
-        expected, expected_lse = reference.linear_gather_logprobs(*wide, *PLAIN)
+        logprobs, lse = cpu.linear_gather_logprobs(hidden, Head(weight, bias, *PLAIN), ids, None)
+        wide = Head(weight.double(), bias.double(), *PLAIN)
+        expected, expected_lse = reference.linear_gather_logprobs(hidden.double(), wide, ids, None)
         close(lse, expected_lse)
         if value != INF:  # inf - inf: both say NaN or inf of what cannot be trained on
             close(logprobs, expected)
@@ -112,7 +113,7 @@ def test_special_logits_in_any_block(value: float) -> None:
 def test_nothing_but_minus_inf() -> None:
     hidden, weight, ids, bias = random_case(2, 200, 3)
     bias[:] = -INF
-    logprobs, lse = cpu.linear_gather_logprobs(hidden, weight, ids, bias, None, *PLAIN)
+    logprobs, lse = cpu.linear_gather_logprobs(hidden, Head(weight, bias, *PLAIN), ids, None)
     assert (logprobs == -INF).all()
     assert (lse == -INF).all()
 
@@ -175,7 +176,7 @@ def test_topk_over_blocks(rows: int, k: int, monkeypatch: pytest.MonkeyPatch) ->
     for special in (0.0, NAN, INF):
         bias[77] = special
         whole = cpu.topk_logprobs(hidden @ weight.t() + bias, k, 0.7)
-        tiled = cpu.linear_topk_logprobs(hidden, weight, k, bias, 0.7, 1.0, None)
+        tiled = cpu.linear_topk_logprobs(hidden, Head(weight, bias, 0.7, 1.0, None), k)
         assert torch.equal(tiled[0], whole[0])
         for a, b in zip(tiled[1:], whole[1:], strict=True):
             close(a, b.double())
@@ -183,10 +184,11 @@ def test_topk_over_blocks(rows: int, k: int, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_no_rows() -> None:
     hidden, weight, ids, bias = random_case(0, 200, 3)
-    logprobs, lse = cpu.linear_gather_logprobs(hidden, weight, ids, bias, None, *PLAIN)
+    head = Head(weight, bias, *PLAIN)
+    logprobs, lse = cpu.linear_gather_logprobs(hidden, head, ids, None)
     assert logprobs.shape == (0, 3)
     assert lse.shape == (0,)
-    grads = cpu.linear_gather_logprobs_backward(logprobs, hidden, weight, lse, ids, bias, None, *PLAIN, True)
+    grads = cpu.linear_gather_logprobs_backward(logprobs, hidden, head, lse, ids, None, True)
     assert [g.shape for g in grads] == [hidden.shape, weight.shape, bias.shape]
     assert all((g == 0).all() for g in grads)
-    assert [t.shape for t in cpu.linear_topk_logprobs(hidden, weight, 3, bias, *PLAIN)] == [(0, 3), (0, 3), (0,)]
+    assert [t.shape for t in cpu.linear_topk_logprobs(hidden, head, 3)] == [(0, 3), (0, 3), (0,)]

@@ -19,15 +19,14 @@ backward_into = cpu._linear_gather_logits_backward_into
 
 class Case(sparse_head_case.Case):
     def logits(self, **how: int) -> Tensor:
-        return forward(*self.head, **how)
+        return forward(*self.arguments, **how)
 
     def gradients(self, need_weight: bool = True, **how: int) -> Gradients:
-        return backward(self.grad, self.logits(**how), *self.head, need_weight, **how)
+        return backward(self.grad, self.logits(**how), *self.arguments, need_weight, **how)
 
     def add_into(self, weight_grad: Tensor, bias_grad: Tensor | None, **how: int) -> Tensor:
-        hidden, weight, ids, _, mask, *scalars = self.head
-        grads = (weight_grad, bias_grad)
-        return backward_into(self.grad, self.logits(**how), hidden, weight, ids, mask, *scalars, *grads, **how)
+        arguments = replace(self, bias=None).arguments
+        return backward_into(self.grad, self.logits(**how), *arguments, weight_grad, bias_grad, **how)
 
 
 random_case = Case.random
@@ -277,10 +276,10 @@ def test_ids_out_of_range_are_refused_in_masked_rows_too(row: int, bad: int, isa
     with pytest.raises(ValueError, match=r"ids: .* 0\.\.22"):
         case.logits(isa=isa)
     with pytest.raises(ValueError, match=r"ids: .* 0\.\.22"):
-        backward(case.grad, logits, *case.head, True, isa=isa)
+        backward(case.grad, logits, *case.arguments, True, isa=isa)
     weight_grad = torch.zeros_like(case.weight)
     with pytest.raises(ValueError, match=r"ids: .* 0\.\.22"):
-        backward_into(case.grad, logits, *case.head[:3], case.mask, *case.scalars, weight_grad, None, isa=isa)
+        backward_into(case.grad, logits, *replace(case, bias=None).arguments, weight_grad, None, isa=isa)
     assert not weight_grad.any()
 
 
@@ -306,7 +305,7 @@ def test_wrong_arguments() -> None:
     with pytest.raises(ValueError, match=r"grad, logits: got \[6, 8\], \[6, 9\]"):
         replace(case, grad=case.grad[:, 1:]).gradients()
     with pytest.raises(ValueError, match=r"bias: got shape \[22\], expected \[23\]"):
-        backward(case.grad, case.logits(), *replace(case, bias=bias[1:]).head, True)
+        backward(case.grad, case.logits(), *replace(case, bias=bias[1:]).arguments, True)
     weight_grad = torch.zeros_like(case.weight)
     with pytest.raises(ValueError, match=r"weight_grad: got shape \[22, 40\] .*, expected shape \[23, 40\]"):
         case.add_into(weight_grad[1:], None)

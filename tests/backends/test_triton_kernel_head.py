@@ -1,5 +1,9 @@
 """The exact head's walk on Triton against the reference in fp64, in blocks so small that a row crosses many of them."""
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +11,7 @@ from torch import Tensor
 from asyncopd import kernels
 from asyncopd.backends import reference
 from asyncopd.backends.loss_spec import LossSpec
+from asyncopd.backends.reference.head import Head
 from asyncopd.kernels import head_walk
 
 INF, NAN = float("inf"), float("nan")
@@ -14,8 +19,9 @@ DEVICE = "cpu" if kernels.launch.INTERPRET else "cuda"
 # Relative to the largest: what sums of a few dozen terms of these dtypes may lose.
 TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 DTYPES = list(TOLERANCE)
-PLAIN = (1.0, 1.0, None)
-SCALARS = [PLAIN, (0.7, 2.0, None), (1.3, -0.4, 3.0)]
+Scalars = tuple[float, float, float | None]  # temperature, logit scale, softcap
+PLAIN: Scalars = (1.0, 1.0, None)
+SCALARS: list[Scalars] = [PLAIN, (0.7, 2.0, None), (1.3, -0.4, 3.0)]
 V, K = 300, 5
 
 
@@ -51,16 +57,23 @@ class Problem:
         self.log_weights = torch.randn(rows, K, generator=rng)
         self.grad = torch.randn(rows, K, generator=rng)
 
-    def head(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        return self.hidden, self.weight, self.ids, self.bias, self.mask
+    def head(self, scalars: Scalars = PLAIN) -> Head:
+        return Head(self.weight, self.bias, *scalars)
 
 
-def on_device(*arguments: object) -> list[object]:
-    return [a.to(DEVICE) if isinstance(a, Tensor) else a for a in arguments]
+def each_tensor(change: Callable[[Tensor], Tensor], argument: Any) -> Any:
+    if isinstance(argument, Head):
+        bias = None if argument.bias is None else change(argument.bias)
+        return replace(argument, weight=change(argument.weight), bias=bias)
+    return change(argument) if isinstance(argument, Tensor) else argument
 
 
-def in_fp64(*arguments: object) -> list[object]:
-    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+def on_device(*arguments: Any) -> list[Any]:
+    return [each_tensor(lambda t: t.to(DEVICE), a) for a in arguments]
+
+
+def in_fp64(*arguments: Any) -> list[Any]:
+    return [each_tensor(lambda t: t.double() if t.is_floating_point() else t, a) for a in arguments]
 
 
 def close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
@@ -75,27 +88,28 @@ def close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) 
 
 @pytest.mark.parametrize("scalars", SCALARS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_forward(dtype: torch.dtype, scalars: tuple[float, float, float | None]) -> None:
+def test_forward(dtype: torch.dtype, scalars: Scalars) -> None:
     problem = Problem(dtype)
-    actual = kernels.linear_gather_logprobs(*on_device(*problem.head()), *scalars)
-    expected = reference.linear_gather_logprobs(*in_fp64(*problem.head()), *scalars)
+    arguments = (problem.hidden, problem.head(scalars), problem.ids, problem.mask)
+    actual = kernels.linear_gather_logprobs(*on_device(*arguments))
+    expected = reference.linear_gather_logprobs(*in_fp64(*arguments))
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.cpu().double(), e, rtol=1e-6, atol=3e-6)
-    lse = kernels.linear_logsumexp(*on_device(*problem.head()[:2], problem.bias, problem.mask), *scalars)
+    lse = kernels.linear_logsumexp(*on_device(problem.hidden, problem.head(scalars), problem.mask))
     torch.testing.assert_close(lse, actual[1], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("scalars", SCALARS, ids=str)
 @pytest.mark.parametrize(("dtype", "need_weight"), [*((dtype, True) for dtype in DTYPES), (torch.float32, False)])
-def test_backward(dtype: torch.dtype, scalars: tuple[float, float, float | None], need_weight: bool) -> None:
+def test_backward(dtype: torch.dtype, scalars: Scalars, need_weight: bool) -> None:
     problem = Problem(dtype, bias=need_weight, mask=need_weight)
-    hidden, weight, ids, bias, mask = problem.head()
-    lse = reference.linear_logsumexp(*in_fp64(hidden, weight, bias, mask), *scalars)
-    arguments = (problem.grad, hidden, weight, lse, ids, bias, mask)
-    expected = reference.linear_gather_logprobs_backward(*in_fp64(*arguments), *scalars, need_weight)
-    arguments = (problem.grad, hidden, weight, lse.float(), ids, bias, mask)
-    actual = kernels.linear_gather_logprobs_backward(*on_device(*arguments), *scalars, need_weight)
-    for a, e, like in zip(actual, expected, (hidden, weight, weight), strict=True):
+    hidden, head, ids, mask = problem.hidden, problem.head(scalars), problem.ids, problem.mask
+    lse = reference.linear_logsumexp(*in_fp64(hidden, head, mask))
+    arguments = (problem.grad, hidden, head, lse, ids, mask, need_weight)
+    expected = reference.linear_gather_logprobs_backward(*in_fp64(*arguments))
+    arguments = (problem.grad, hidden, head, lse.float(), ids, mask, need_weight)
+    actual = kernels.linear_gather_logprobs_backward(*on_device(*arguments))
+    for a, e, like in zip(actual, expected, (hidden, head.weight, head.weight), strict=True):
         assert a.dtype == like.dtype
         close(a, e, dtype)
 
@@ -115,7 +129,7 @@ ROOM = {
     ("dtype", "room"), [*((torch.float32, room) for room in ROOM), *((dtype, "everywhere") for dtype in DTYPES[1:])]
 )
 def test_loss_and_its_gradients(
-    dtype: torch.dtype, room: str, scalars: tuple[float, float, float | None], monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, room: str, scalars: Scalars, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     width, beside, need_weight = ROOM[room]
     monkeypatch.setattr(head_walk, "KEPT_BYTES", beside)
@@ -123,29 +137,27 @@ def test_loss_and_its_gradients(
     compare_losses(problem, scalars, need_weight, 4.0)
 
 
-def compare_losses(
-    problem: Problem, scalars: tuple[float, float, float | None], need_weight: bool, denominator: float
-) -> None:
-    hidden, weight, ids, bias, mask = problem.head()
-    spec = LossSpec(head_is_certain=False)
-    tensors = (hidden, weight, bias, mask, ids, problem.teacher, problem.log_weights, None, torch.tensor(denominator))
-    expected = reference.linear_kl(*in_fp64(*tensors), *scalars, True, need_weight, spec)
-    actual = kernels.linear_kl(*on_device(*tensors), *scalars, True, need_weight, spec)
+def compare_losses(problem: Problem, scalars: Scalars, need_weight: bool, denominator: float) -> None:
+    support = (problem.ids, problem.teacher, problem.log_weights, None)
+    arguments = (problem.hidden, problem.head(scalars), problem.mask, *support, torch.tensor(denominator))
+    how = (True, need_weight, LossSpec(head_is_certain=False))
+    expected = reference.linear_kl(*in_fp64(*arguments), *how)
+    actual = kernels.linear_kl(*on_device(*arguments), *how)
     torch.testing.assert_close(actual[0].cpu().double(), expected[0], rtol=5e-6, atol=5e-6)
     torch.testing.assert_close(actual[1].cpu().double(), expected[1], rtol=5e-3, atol=5e-6)  # p99 is a histogram's
     for a, e in zip(actual[2:], expected[2:], strict=True):
-        close(a, e, hidden.dtype)
+        close(a, e, problem.hidden.dtype)
 
 
 def test_room_is_used_as_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the cases above would test one path under four names."""
     monkeypatch.setattr(head_walk, "KEPT_BYTES", 2 * V * 2)
     weight = torch.randn(V, 4, dtype=torch.bfloat16)
-    head = head_walk.Head(weight, None, *PLAIN)
+    head = Head(weight, None, *PLAIN)
     assert [part.rows for part in head_walk.room_for(11, torch.empty_like(weight), head)] == [slice(0, 4), slice(4, 6)]
     assert [part.rows for part in head_walk.room_for(3, torch.empty_like(weight), head)] == [slice(0, 3)]
     assert [part.rows for part in head_walk.room_for(11, None, head)] == [slice(0, 2)]
-    assert head_walk.room_for(11, weight, head_walk.Head(weight, None, 1.0, 1.0, 3.0)) == []
+    assert head_walk.room_for(11, weight, Head(weight, None, 1.0, 1.0, 3.0)) == []
 
 
 def test_small_gradients_survive_fp16() -> None:
@@ -172,24 +184,24 @@ def test_infinite_and_nan_logits(kept: bool, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_nothing_depends_on_masked_rows() -> None:
     problem = Problem()
-    hidden, weight, ids, bias, mask = problem.head()
+    hidden, head, ids, mask = problem.hidden, problem.head(), problem.ids, problem.mask
     assert mask is not None
-    whole = kernels.linear_gather_logprobs(*on_device(hidden, weight, ids, bias, mask), *PLAIN)
-    alone = kernels.linear_gather_logprobs(*on_device(hidden[mask], weight, ids[mask], bias, None), *PLAIN)
+    whole = kernels.linear_gather_logprobs(*on_device(hidden, head, ids, mask))
+    alone = kernels.linear_gather_logprobs(*on_device(hidden[mask], head, ids[mask], None))
     for w, a in zip(whole, alone, strict=True):
         torch.testing.assert_close(w[mask.to(DEVICE)], a, rtol=1e-6, atol=2e-6)
 
 
 def test_no_rows_and_no_valid_rows() -> None:
     problem = Problem()
-    hidden, weight, ids, bias, _ = problem.head()
+    hidden, head, ids = problem.hidden, problem.head(), problem.ids
     nobody = torch.zeros(hidden.shape[0], dtype=torch.bool)
-    logprobs, lse = kernels.linear_gather_logprobs(*on_device(hidden, weight, ids, bias, nobody), *PLAIN)
+    logprobs, lse = kernels.linear_gather_logprobs(*on_device(hidden, head, ids, nobody))
     assert (logprobs == -INF).all()
     assert (lse == 0).all()
     problem.mask = nobody
     compare_losses(problem, PLAIN, True, 1.0)
-    empty = kernels.linear_gather_logprobs(*on_device(hidden[:0], weight, ids[:0], bias, None), *PLAIN)
+    empty = kernels.linear_gather_logprobs(*on_device(hidden[:0], head, ids[:0], None))
     assert [tuple(t.shape) for t in empty] == [(0, K), (0,)]
 
 
@@ -216,11 +228,11 @@ def test_layouts_are_followed(need_weight: bool, monkeypatch: pytest.MonkeyPatch
 
 def test_a_row_without_mass_has_no_nan() -> None:
     problem = Problem(mask=False)
-    hidden, weight, ids, _, _ = problem.head()
-    bias, lse = torch.full((V,), -INF), torch.full((hidden.shape[0],), -INF)
-    arguments = (torch.ones_like(problem.grad), hidden, weight, lse, ids, bias, None)
-    expected = reference.linear_gather_logprobs_backward(*in_fp64(*arguments), *PLAIN, True)
-    actual = kernels.linear_gather_logprobs_backward(*on_device(*arguments), *PLAIN, True)
+    problem.bias = torch.full((V,), -INF)
+    lse = torch.full((problem.hidden.shape[0],), -INF)
+    arguments = (torch.ones_like(problem.grad), problem.hidden, problem.head(), lse, problem.ids, None, True)
+    expected = reference.linear_gather_logprobs_backward(*in_fp64(*arguments))
+    actual = kernels.linear_gather_logprobs_backward(*on_device(*arguments))
     for a, e in zip(actual, expected, strict=True):
         close(a, e)
 
@@ -234,12 +246,11 @@ def test_what_is_infinite_shows_where_the_reference_shows_it(kept: bool, monkeyp
     problem.hidden[3], problem.hidden[4] = 0.0, NAN
     problem.hidden[3, 0], problem.weight[:, 0] = INF, -1.0
     problem.weight[200, 0] = 1.0
-    hidden, weight, ids, _, _ = problem.head()
-    spec = LossSpec(divergence="forward", metrics=False)
-    certain = torch.zeros_like(problem.teacher)
-    tensors = (hidden, weight, None, None, ids, problem.teacher, certain, None, torch.tensor(1.0))
-    expected = reference.linear_kl(*in_fp64(*tensors), *PLAIN, True, True, spec)
-    actual = kernels.linear_kl(*on_device(*tensors), *PLAIN, True, True, spec)
+    support = (problem.ids, problem.teacher, torch.zeros_like(problem.teacher), None)
+    arguments = (problem.hidden, problem.head(), None, *support, torch.tensor(1.0))
+    how = (True, True, LossSpec(divergence="forward", metrics=False))
+    expected = reference.linear_kl(*in_fp64(*arguments), *how)
+    actual = kernels.linear_kl(*on_device(*arguments), *how)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a.cpu().isnan(), e.isnan())
 

@@ -25,15 +25,14 @@ INF, NAN = float("inf"), float("nan")
 
 class Case(sparse_head_case.Case):
     def logits(self, **how: int) -> Tensor:
-        return linear_gather_logits(*self.head)
+        return linear_gather_logits(*self.arguments)
 
     def gradients(self, need_weight: bool = True, **how: int) -> Gradients:
-        return linear_gather_logits_backward(self.grad, self.logits(), *self.head, need_weight)
+        return linear_gather_logits_backward(self.grad, self.logits(), *self.arguments, need_weight)
 
     def add_into(self, weight_grad: Tensor, bias_grad: Tensor | None) -> Tensor:
-        hidden, weight, ids, _, mask, *scalars = self.head
-        grads = (weight_grad, bias_grad)
-        return linear_gather_logits_backward_into(self.grad, self.logits(), hidden, weight, ids, mask, *scalars, *grads)
+        arguments = replace(self, bias=None).arguments
+        return linear_gather_logits_backward_into(self.grad, self.logits(), *arguments, weight_grad, bias_grad)
 
 
 def random_case(**sizes: Any) -> Case:
@@ -139,7 +138,7 @@ def test_long_sums_are_accurate() -> None:
     count = 1000
     ids, ones = torch.full((1, count), 2, device=DEVICE), torch.ones(1, count, device=DEVICE)
     case = Case(tensor([[0.1, 0.7, 0.3]]), torch.ones(4, 3, device=DEVICE), ids, ones, torch.zeros(4, device=DEVICE))
-    dhidden, dweight, dbias = linear_gather_logits_backward(ones, ones, *case.head, True)
+    dhidden, dweight, dbias = linear_gather_logits_backward(ones, ones, *case.arguments, True)
     torch.testing.assert_close(dweight[2].double(), count * case.hidden[0].double(), rtol=1e-6, atol=0)
     assert dhidden.tolist() == [[count] * 3]
     assert dbias.tolist() == [0, 0, count, 0]
@@ -161,7 +160,7 @@ def test_what_is_lost_when_parts_are_added_is_added_at_the_end() -> None:
     case = Case(
         torch.ones(1, 3, device=DEVICE), torch.ones(2, 3, device=DEVICE), ids, grad, torch.zeros(2, device=DEVICE)
     )
-    _, dweight, dbias = linear_gather_logits_backward(grad, grad, *case.head, True)
+    _, dweight, dbias = linear_gather_logits_backward(grad, grad, *case.arguments, True)
     assert dweight.tolist() == [[0] * 3, [2**24 + 2] * 3]
     assert dbias.tolist() == [0, 2**24 + 2]
 
@@ -368,7 +367,7 @@ def test_ids_out_of_range_are_refused(bad: int) -> None:
     with pytest.raises(ValueError, match=r"ids: .* 0\.\.22"):
         case.logits()
     with pytest.raises(ValueError, match=r"ids: .* 0\.\.22"):
-        linear_gather_logits_backward(case.grad, logits, *case.head, True)
+        linear_gather_logits_backward(case.grad, logits, *case.arguments, True)
 
 
 @pytest.mark.parametrize("bad", [-2, 23, 2**40])

@@ -26,6 +26,7 @@ from asyncopd import (
 from asyncopd.backends import reference
 from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference import rows
+from asyncopd.backends.reference.head import Head
 
 INF = float("inf")
 LINEAR = ("linear_gather_logprobs", "linear_gather_logprobs_backward")
@@ -164,16 +165,16 @@ def test_item_on_the_hot_path(rng: torch.Generator) -> None:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     ids, mask, streams = (meta(4, 3, dtype=torch.int64), meta(4, dtype=torch.bool), meta(4, dtype=torch.int64))
-    head = (meta(9), mask, 0.7, 1.3, 5.0)
+    hidden, head = meta(4, 5), Head(meta(9, 5), meta(9), 0.7, 1.3, 5.0)
     reference.topk_logprobs(meta(4, 9), 3, 1.0)
-    reference.linear_topk_logprobs(meta(4, 5), meta(9, 5), 3, meta(9), 0.7, 1.3, 5.0)
+    reference.linear_topk_logprobs(hidden, head, 3)
     reference.gather_logprobs(meta(4, 9), ids, 1.0)
     reference.gather_logprobs_backward(meta(4, 3), meta(4, 9), meta(4), ids, 1.0)
-    reference.linear_gather_logprobs(meta(4, 5), meta(9, 5), ids, *head)
-    reference.linear_gather_logprobs_backward(meta(4, 3), meta(4, 5), meta(9, 5), meta(4), ids, *head, True)
-    reference.linear_gather_logits(meta(4, 5), meta(9, 5), ids, *head)
-    reference.linear_gather_logits_backward(meta(4, 3), meta(4, 3), meta(4, 5), meta(9, 5), ids, *head, True)
-    reference.linear_logsumexp(meta(4, 5), meta(9, 5), *head)
+    reference.linear_gather_logprobs(hidden, head, ids, mask)
+    reference.linear_gather_logprobs_backward(meta(4, 3), hidden, head, meta(4), ids, mask, True)
+    reference.linear_gather_logits(hidden, head, ids, mask)
+    reference.linear_gather_logits_backward(meta(4, 3), meta(4, 3), hidden, head, ids, mask, True)
+    reference.linear_logsumexp(hidden, head, mask)
     reference.sample_support(meta(4, 9), 3, 2, 0, streams, streams, 1.0)
     scores = (meta(4, 3), meta(4, 3), meta(4, 3), ids, mask)
     corrections = ({}, {"advantage": "behavior", "ratio_cap": 2.0}, {"clip_eps": 0.2}, {"m2_budget": 0.04})
@@ -186,8 +187,8 @@ def test_item_on_the_hot_path(rng: torch.Generator) -> None:
                 reference.kl_rows(*scores, proximal, spec)
     for divergence, tail in itertools.product(("forward", "reverse"), ("drop", "bucket", "renormalize")):
         reference.kl_rows(*scores, None, LossSpec(divergence=divergence, tail=tail))
-    hidden_to_loss = (meta(4, 5), meta(9, 5), meta(9), mask, ids, meta(4, 3), meta(4, 3), None, meta())
-    reference.linear_kl(*hidden_to_loss, 0.7, 1.3, 5.0, True, True, LossSpec())
+    support = (ids, meta(4, 3), meta(4, 3), None)
+    reference.linear_kl(hidden, head, mask, *support, meta(), True, True, LossSpec())
 
 
 def test_item_on_the_hot_path_of_the_public_functions() -> None:

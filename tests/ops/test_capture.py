@@ -6,6 +6,7 @@ and one that depends on the data or on where tensors lie breaks the replay.
 
 import os
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from asyncopd import backends
 from asyncopd.backends.loss_spec import SPEC_FIELDS, LossSpec
 from asyncopd.backends.reference import rows, sample
+from asyncopd.backends.reference.head import Head
 
 
 def tensors_of(args: tuple[Any, ...]) -> list[Tensor]:
@@ -42,10 +44,19 @@ def assert_equal(got: Any, expected: Any) -> None:
 
 
 def call_backend(backend: str, name: str, args: tuple[Any, ...]) -> Any:
-    """The backend's own function: the dispatcher would run an op's fake instead on tensors without data."""
+    """The backend's own function: the dispatcher would run an op's fake instead on tensors without data.
+
+    It takes an op's arguments in their order, but those of a head and of a loss bundled, as the ops bundle them.
+    """
+    spec: tuple[LossSpec, ...] = ()
     if name in ("kl_rows", "linear_kl"):
-        args = (*args[: -len(SPEC_FIELDS)], LossSpec.of(args[-len(SPEC_FIELDS) :]))
-    return getattr(backends.module(backend), name)(*args)
+        args, spec = args[: -len(SPEC_FIELDS)], (LossSpec.of(args[-len(SPEC_FIELDS) :]),)
+    schema = getattr(OPS, name).default._schema
+    named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)}
+    if "weight" in named:
+        rest = {field.name: named.pop(field.name, None) for field in fields(Head)[1:]}
+        named["weight"] = Head(named["weight"], **rest)
+    return getattr(backends.module(backend), name)(*named.values(), *spec)
 
 
 @pytest.mark.parametrize(("runner", "name", "args"), op_cases("reference"))

@@ -6,28 +6,21 @@ from torch import Tensor
 from asyncopd.backends.cpu.logits import topk_logprobs
 from asyncopd.backends.cpu.memory import empty_gradient
 from asyncopd.backends.cpu.walk import Gradients, Tiles, Walk
-from asyncopd.backends.reference.linear import Head, rows_with_gradient
+from asyncopd.backends.reference.head import Head
+from asyncopd.backends.reference.linear import rows_with_gradient
 from asyncopd.backends.reference.rows import check_ids_in_range, normalized
 
 # Top-K looks for K columns in every block, so its blocks are wider, and its rows fewer at a time.
 TOPK_ROWS, TOPK_TILE_ELEMENTS = 512, 1 << 22
 
 
-def linear_gather_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], ids [N, K] -> fp32 log p [N, K], LSE [N]; masked rows get -inf and 0."""
-    check_ids_in_range(ids, weight.shape[0])
+def linear_gather_logprobs(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """hidden [N, H], ids [N, K] -> fp32 log p [N, K], LSE [N]; masked rows get -inf and 0."""
+    vocab = head.weight.shape[0]
+    check_ids_in_range(ids, vocab)
     valid = slice(None) if mask is None else mask
-    walk = Walk(hidden[valid], ids[valid], Head(weight, bias, temperature, logit_scale, softcap))
-    logprobs, lse = walk.forward(Tiles.one(walk.hidden.shape[0], weight.shape[0]))
+    walk = Walk(hidden[valid], ids[valid], head)
+    logprobs, lse = walk.forward(Tiles.one(walk.hidden.shape[0], vocab))
     if mask is None:
         return logprobs, lse
     return _spread(logprobs, mask, -torch.inf), _spread(lse, mask, 0.0)
@@ -40,31 +33,19 @@ def _spread(rows: Tensor, mask: Tensor, fill: float) -> Tensor:
     return out
 
 
-def linear_logsumexp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
+def linear_logsumexp(hidden: Tensor, head: Head, mask: Tensor | None) -> Tensor:
     """LSE [N] of the head's logits; 0 in masked rows."""
     no_ids = torch.empty(hidden.shape[0], 0, dtype=torch.int64)
-    return linear_gather_logprobs(hidden, weight, no_ids, bias, mask, temperature, logit_scale, softcap)[1]
+    return linear_gather_logprobs(hidden, head, no_ids, mask)[1]
 
 
 def linear_gather_logprobs_backward(
     grad: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     lse: Tensor,
     ids: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one).
@@ -72,20 +53,19 @@ def linear_gather_logprobs_backward(
     As in the reference, ids may be ELSEWHERE, and hidden wider than the head.
     """
     used = rows_with_gradient(grad, ids, mask)
-    walk = Walk(hidden[used], ids[used], Head(weight, bias, temperature, logit_scale, softcap))
+    walk = Walk(hidden[used], ids[used], head)
     gradients = Gradients(
         torch.zeros_like(walk.hidden),
-        empty_gradient(weight) if need_weight else None,
-        None if bias is None else torch.zeros(bias.shape, dtype=torch.float32),
+        empty_gradient(head.weight) if need_weight else None,
+        None if head.bias is None else torch.zeros(head.bias.shape, dtype=torch.float32),
     )
     walk.backward(grad[used], lse[used], gradients)
-    return finished(gradients, used, hidden, weight, bias)
+    return finished(gradients, used, hidden, head)
 
 
-def finished(
-    gradients: Gradients, used: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+def finished(gradients: Gradients, used: Tensor, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
     """What the op returns, in the dtypes of what it belongs to; `used` [N]: the rows that were walked."""
+    weight, bias = head.weight, head.bias
     dhidden, dweight, dbias = gradients.hidden, gradients.weight, gradients.bias
     return (
         hidden.new_empty(0, hidden.shape[1]) if dhidden is None else _spread(dhidden.to(hidden.dtype), used, 0.0),
@@ -94,17 +74,8 @@ def finished(
     )
 
 
-def linear_topk_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    k: int,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def linear_topk_logprobs(hidden: Tensor, head: Head, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `topk_logprobs` on the head's logits, which exist a tile at a time."""
-    head = Head(weight, bias, temperature, logit_scale, softcap)
     ids = torch.empty(hidden.shape[0], k, dtype=torch.int64)
     logprobs, lse = torch.empty(ids.shape, dtype=torch.float32), torch.empty(hidden.shape[0], dtype=torch.float32)
     for start in range(0, hidden.shape[0], TOPK_ROWS):

@@ -16,7 +16,7 @@ from asyncopd.backends.cpu.head import finished
 from asyncopd.backends.cpu.memory import empty_gradient
 from asyncopd.backends.cpu.walk import Gradients, Tiles, Walk
 from asyncopd.backends.loss_spec import LossSpec
-from asyncopd.backends.reference.linear import Head
+from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import check_ids_in_range, compute_dtype
 
 # Logits kept beside (fp32: 256 MiB), at most a quarter of all. dW is read and written once a group, so few large ones.
@@ -25,28 +25,24 @@ KEPT_ELEMENTS = 1 << 26
 
 def linear_kl(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     mask: Tensor | None,
     ids: Tensor,
     teacher: Tensor,
     log_weights: Tensor,
     proximal: Tensor | None,
     denominator: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_hidden: bool,
     need_weight: bool,
     spec: LossSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, and gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (or empty)."""
+    weight, bias = head.weight, head.bias
     check_ids_in_range(ids, weight.shape[0])
     used = torch.ones(hidden.shape[0], dtype=torch.bool) if mask is None else mask
     rows = slice(None) if mask is None else mask
     hidden_used, ids_used = hidden[rows], ids[rows]
     support = (teacher[rows], log_weights[rows], ids_used, None, None if proximal is None else proximal[rows])
-    head = Head(weight, bias, temperature, logit_scale, softcap)
     kl_rows = backends.select("kl_rows", hidden.device, compute_dtype(hidden, teacher))
 
     gradients = Gradients(
@@ -66,7 +62,7 @@ def linear_kl(
         walk.backward(coef / denominator, lse, gradients.of(group), stored, first=group.start == 0)
     if row_losses.shape[0] < scores.shape[0] or not scores.shape[0]:
         row_losses, _, metrics = kl_rows(scores, *support, spec)
-    return row_losses.sum() / denominator, metrics, *finished(gradients, used, hidden, weight, bias)
+    return row_losses.sum() / denominator, metrics, *finished(gradients, used, hidden, head)
 
 
 def _groups(rows: int, weight: Tensor, dweight: Tensor | None) -> Iterator[tuple[slice, Tiles, bool]]:

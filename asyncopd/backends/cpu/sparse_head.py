@@ -16,58 +16,41 @@ from asyncopd.backends.native import (
     check_ids,
     raise_for_status,
 )
+from asyncopd.backends.reference.head import Head
 
 
-def linear_gather_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """hidden [N, H], weight [V, H], ids [N, K] -> fp32 logits [N, K]; -inf at pads and in masked rows.
+def linear_gather_logits(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> Tensor:
+    """hidden [N, H], ids [N, K] -> fp32 logits [N, K]; -inf at pads and in masked rows.
 
-    hidden is of the weight's dtype, or fp32, whose gradient is then not rounded: a part of a sum over shards. bias [V]
+    hidden is of the weight's dtype, or fp32, whose gradient is then not rounded: a part of a sum over shards. The bias
     has any float dtype, mask [N] is bool. Raises ValueError for ids outside [-1, V), in masked rows as well.
     """
-    return _linear_gather_logits(hidden, weight, ids, bias, mask, temperature, logit_scale, softcap)
+    return _linear_gather_logits(hidden, head, ids, mask)
 
 
 def linear_gather_logits_backward(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [N, K] of `logits` -> gradients of hidden [N, H], weight [V, H] ([0, H] if not needed), bias [V] or [0].
 
     Each in the dtype of what it is the gradient of, rounded to it once. Without need_weight and bias nothing is V wide.
     """
-    return _linear_gather_logits_backward(
-        grad, logits, hidden, weight, ids, bias, mask, temperature, logit_scale, softcap, need_weight
-    )
+    return _linear_gather_logits_backward(grad, logits, hidden, head, ids, mask, need_weight)
 
 
 def linear_gather_logits_backward_into(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     weight_grad: Tensor,
     bias_grad: Tensor | None,
 ) -> Tensor:
@@ -76,27 +59,20 @@ def linear_gather_logits_backward_into(
     Each sum is added to what is there and rounded once, to any of the dtypes. Only rows of weight_grad that ids name
     are read or written; they have unit stride.
     """
-    scalars = (temperature, logit_scale, softcap)
-    return _linear_gather_logits_backward_into(
-        grad, logits, hidden, weight, ids, mask, *scalars, weight_grad, bias_grad
-    )
+    return _linear_gather_logits_backward_into(grad, logits, hidden, head, ids, mask, weight_grad, bias_grad)
 
 
 def _linear_gather_logits(
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     *,
     threads: int | None = None,
     isa: int = -1,
 ) -> Tensor:
-    hidden, weight, ids, mask = _check(hidden, weight, ids, bias, mask, temperature, softcap)
-    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    hidden, weight, ids, mask = _check(hidden, head, ids, mask)
+    bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
     logits = torch.empty(ids.shape, dtype=torch.float32)
     status = _C.cpu_linear_gather_logits(
         hidden=hidden.data_ptr(),
@@ -113,9 +89,9 @@ def _linear_gather_logits(
         vocab=weight.shape[0],
         width=weight.shape[1],
         num_ids=ids.shape[1],
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap or 0.0,
+        temperature=head.temperature,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap or 0.0,
         logits=logits.data_ptr(),
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
@@ -128,24 +104,18 @@ def _linear_gather_logits_backward(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_weight: bool,
     *,
     threads: int | None = None,
     isa: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    weight, bias = head.weight, head.bias
     dweight = empty_gradient(weight) if need_weight else None
     dbias = None if bias is None else torch.empty(bias.shape, dtype=torch.float32)
-    scalars = (temperature, logit_scale, softcap)
-    dhidden = _backward(
-        grad, logits, hidden, weight, ids, mask, *scalars, dweight, dbias, add=False, threads=threads, isa=isa
-    )
+    dhidden = _backward(grad, logits, hidden, head, ids, mask, dweight, dbias, add=False, threads=threads, isa=isa)
     return (
         dhidden,
         weight.new_empty(0, weight.shape[1]) if dweight is None else dweight,
@@ -157,18 +127,16 @@ def _linear_gather_logits_backward_into(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     weight_grad: Tensor,
     bias_grad: Tensor | None,
     *,
     threads: int | None = None,
     isa: int = -1,
 ) -> Tensor:
+    weight = head.weight
     for name, tensor, shape in (("weight_grad", weight_grad, weight.shape), ("bias_grad", bias_grad, weight.shape[:1])):
         if tensor is None:
             continue
@@ -178,10 +146,7 @@ def _linear_gather_logits_backward_into(
             got = f"shape {list(tensor.shape)} with strides {list(tensor.stride())}"
             raise ValueError(f"{name}: got {got}, expected shape {list(shape)} with elements of a row side by side")
     dbias = None if bias_grad is None else torch.empty(bias_grad.shape, dtype=torch.float32)
-    scalars = (temperature, logit_scale, softcap)
-    dhidden = _backward(
-        grad, logits, hidden, weight, ids, mask, *scalars, weight_grad, dbias, add=True, threads=threads, isa=isa
-    )
+    dhidden = _backward(grad, logits, hidden, head, ids, mask, weight_grad, dbias, add=True, threads=threads, isa=isa)
     if bias_grad is not None and dbias is not None:
         bias_grad.copy_(dbias.add_(bias_grad))
     return dhidden
@@ -191,12 +156,9 @@ def _backward(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     dweight: Tensor | None,
     dbias: Tensor | None,
     *,
@@ -205,7 +167,7 @@ def _backward(
     isa: int,
 ) -> Tensor:
     """dhidden; writes dbias, and writes dweight or adds to it."""
-    hidden, weight, ids, mask = _check(hidden, weight, ids, dbias, mask, temperature, softcap)
+    hidden, weight, ids, mask = _check(hidden, head, ids, mask)
     if grad.shape != ids.shape or logits.shape != ids.shape:
         raise ValueError(
             f"grad, logits: got {list(grad.shape)}, {list(logits.shape)}, expected {list(ids.shape)} twice"
@@ -229,9 +191,9 @@ def _backward(
         vocab=vocab,
         width=width,
         num_ids=ids.shape[1],
-        temperature=temperature,
-        logit_scale=logit_scale,
-        softcap=softcap or 0.0,
+        temperature=head.temperature,
+        logit_scale=head.logit_scale,
+        softcap=head.softcap or 0.0,
         dhidden=dhidden.data_ptr(),
         dweight=0 if dweight is None else dweight.data_ptr(),
         dweight_stride=0 if dweight is None else dweight.stride(0),
@@ -246,18 +208,13 @@ def _backward(
 
 
 def _check(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Hidden states, weight, ids and mask as the kernels take them.
 
     The callers have checked most of this; it is repeated because a kernel given raw pointers cannot.
     """
+    weight, bias = head.weight, head.bias
     if weight.dtype not in DTYPE_CODES or hidden.dtype not in (weight.dtype, torch.float32):
         raise TypeError(
             f"hidden, weight: got {hidden.dtype}, {weight.dtype}, expected one of float32, bfloat16, float16 for both "
@@ -270,10 +227,10 @@ def _check(
         raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}]")
     if mask is not None and (mask.dtype != torch.bool or mask.shape != ids.shape[:1]):
         raise ValueError(f"mask: got {mask.dtype} {list(mask.shape)}, expected torch.bool [{ids.shape[0]}]")
-    if not temperature > 0:
-        raise ValueError(f"temperature: got {temperature}, expected a number above 0")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: got {softcap}, expected a number above 0, or None")
+    if not head.temperature > 0:
+        raise ValueError(f"temperature: got {head.temperature}, expected a number above 0")
+    if head.softcap is not None and not head.softcap > 0:
+        raise ValueError(f"softcap: got {head.softcap}, expected a number above 0, or None")
     devices = {tensor.device.type for tensor in (hidden, weight, ids, bias, mask) if tensor is not None}
     if devices != {"cpu"}:
         raise ValueError(f"hidden, weight, ids, bias, mask: got devices {sorted(devices)}, expected cpu")

@@ -10,13 +10,13 @@ one block: no partial sums of [V, H] are read and written again.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from asyncopd.backends.native import _C, raise_for_status
-from asyncopd.backends.reference.linear import Head
+from asyncopd.backends.reference.head import Head
 
 # Elements of a tile (fp32: 4 MiB, which a last-level cache holds beside a block of the head), and bounds on its
 # columns: fewer make thin GEMMs, more upcast a large part of a 16-bit head at once.
@@ -107,8 +107,8 @@ class Walk:
         """Blocks of columns and their part of the head, in fp32; its logits are those before the temperature."""
         head = self.head
         for cols in column_blocks(self.hidden.shape[0], head.weight.shape[0], self.tile_elements):
-            bias = None if head.bias is None else head.bias[cols]
-            yield cols, Head(head.weight[cols].to(torch.float32), bias, 1.0, head.logit_scale, head.softcap)
+            weight, bias = head.weight[cols].to(torch.float32), None if head.bias is None else head.bias[cols]
+            yield cols, replace(head, weight=weight, bias=bias, temperature=1.0)
 
     def forward(self, tiles: Tiles, visit: Callable[[slice, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
         """log p [N, K] and LSE [N]. Each block's logits are shown to `visit` and stay in their tile."""

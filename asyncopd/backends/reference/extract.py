@@ -1,9 +1,12 @@
 """Exact top-K log-probabilities of a row, largest first, ties by smaller id."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from asyncopd.backends.reference.linear import Head, head_chunks
+from asyncopd.backends.reference.head import Head
+from asyncopd.backends.reference.linear import head_chunks
 from asyncopd.backends.reference.rows import compute_dtype, normalized, row_chunks
 
 
@@ -25,20 +28,12 @@ def topk_logprobs(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, T
     return out
 
 
-def linear_topk_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    k: int,
-    bias: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `topk_logprobs` on the logits of a head; hidden [N, H], weight [V, H]."""
-    head = Head(weight, bias, 1.0, logit_scale, softcap)
+def linear_topk_logprobs(hidden: Tensor, head: Head, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `topk_logprobs` on the logits of a head; hidden [N, H]."""
+    before_temperature = replace(head, temperature=1.0)
     out = _empty_topk(hidden.shape[0], k, head.dtype(hidden), hidden.device)
-    for rows in head_chunks(hidden.shape[0], weight.shape[0]):
-        _topk_of_chunk(head.logits(hidden[rows]), temperature, rows, out)
+    for rows in head_chunks(hidden.shape[0], head.weight.shape[0]):
+        _topk_of_chunk(before_temperature.logits(hidden[rows]), head.temperature, rows, out)
     return out
 
 

@@ -6,74 +6,13 @@ Weight gradients accumulate in fp32 (fp64 for fp64) over all chunks and are roun
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from asyncopd.backends.reference.gather import logits_gradient
-from asyncopd.backends.reference.rows import PAD, check_ids_in_range, compute_dtype, logprobs_at, row_chunks
-
-VOCAB_BLOCK = 8192  # rows of a low-precision head that are upcast at a time
-
-
-@dataclass(slots=True)
-class Head:
-    """The head's tensors and scalars: weight [V, H], bias [V] or None."""
-
-    weight: Tensor
-    bias: Tensor | None
-    temperature: float
-    logit_scale: float
-    softcap: float | None
-
-    def dtype(self, hidden: Tensor) -> torch.dtype:
-        return compute_dtype(hidden, self.weight)
-
-    def _blocks(self, dtype: torch.dtype) -> list[tuple[slice, Tensor]]:
-        """The weight in `dtype`: itself if it already is, else upcast a block of the vocabulary at a time."""
-        vocab = self.weight.shape[0]
-        if self.weight.dtype == dtype:
-            return [(slice(0, vocab), self.weight)]
-        starts = range(0, vocab, VOCAB_BLOCK)
-        return [(slice(s, min(s + VOCAB_BLOCK, vocab)), self.weight[s : s + VOCAB_BLOCK]) for s in starts]
-
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """hidden [C, H] -> z [C, V], in `out` if given: products of the given bf16/fp16 values, summed in fp32."""
-        dtype = self.dtype(hidden)
-        hidden = hidden.to(dtype)
-        z = out
-        if z is None:
-            z = torch.empty(hidden.shape[0], self.weight.shape[0], dtype=dtype, device=hidden.device)
-        for cols, block in self._blocks(dtype):
-            torch.mm(hidden, block.to(dtype).t(), out=z[:, cols])
-        if self.bias is not None:
-            z += self.bias.to(dtype)
-        return self.epilogue(z)
-
-    def epilogue(self, z: Tensor) -> Tensor:
-        """Scale, softcap and temperature, in place on h W^T + b."""
-        if self.logit_scale != 1.0:
-            z *= self.logit_scale
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z.div_(self.temperature) if self.temperature != 1.0 else z
-
-    def epilogue_gradient(self, dz: Tensor, z: Tensor | None) -> Tensor:
-        """dz -> gradient of h W^T + b, in place on dz; z is needed with a softcap only (tanh' = 1 - tanh^2)."""
-        if self.softcap is not None:
-            assert z is not None
-            tanh = z * (self.temperature / self.softcap)
-            # z = -inf comes from a -inf bias and saturates the cap: its slope is 0.
-            dz *= 1.0 - tanh * tanh
-        return dz.mul_(self.logit_scale / self.temperature)
-
-    def times_weight(self, dy: Tensor) -> Tensor:
-        """dy [C, V] -> dy W [C, H] in dy's dtype."""
-        out = torch.zeros(dy.shape[0], self.weight.shape[1], dtype=dy.dtype, device=dy.device)
-        for cols, block in self._blocks(dy.dtype):
-            out.addmm_(dy[:, cols], block.to(dy.dtype))
-        return out
+from asyncopd.backends.reference.head import Head
+from asyncopd.backends.reference.rows import PAD, check_ids_in_range, logprobs_at, row_chunks
 
 
 def head_chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
@@ -113,25 +52,16 @@ def _empty_gradients(
     )
 
 
-def linear_gather_logprobs(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor]:
-    """hidden [N, H], weight [V, H], ids [N, K] -> log p [N, K], LSE [N]; masked rows get -inf and 0."""
-    check_ids_in_range(ids, weight.shape[0])
-    head = Head(weight, bias, temperature, logit_scale, softcap)
+def linear_gather_logprobs(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """hidden [N, H], ids [N, K] -> log p [N, K], LSE [N]; masked rows get -inf and 0."""
+    vocab = head.weight.shape[0]
+    check_ids_in_range(ids, vocab)
     dtype = head.dtype(hidden)
     logprobs = torch.full(ids.shape, -torch.inf, dtype=dtype, device=hidden.device)
     lse = torch.zeros(hidden.shape[0], dtype=dtype, device=hidden.device)
     valid = _valid_rows(mask, hidden.shape[0], hidden.device)
     hidden, ids = _silence(hidden, ids, mask)
-    for chunk in head_chunks(valid.shape[0], weight.shape[0]):
+    for chunk in head_chunks(valid.shape[0], vocab):
         rows = valid[chunk]
         z = head.logits(hidden[rows])
         lse[rows] = torch.logsumexp(z, dim=1)
@@ -142,14 +72,10 @@ def linear_gather_logprobs(
 def linear_gather_logprobs_backward(
     grad: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     lse: Tensor,
     ids: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """grad [N, K] -> gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (empty without one).
@@ -157,7 +83,7 @@ def linear_gather_logprobs_backward(
     Where the head is one shard of a vocabulary, lse [N] is that of the whole and ids may be ELSEWHERE. hidden may be
     wider than the head (fp32 beside bf16): its gradient, then a part of a sum over shards, is not rounded.
     """
-    head = Head(weight, bias, temperature, logit_scale, softcap)
+    weight, bias = head.weight, head.bias
     dtype = lse.dtype
     dhidden, dweight, dbias = _empty_gradients(hidden, head, dtype, need_weight)
     mask = rows_with_gradient(grad, ids, mask)
@@ -167,7 +93,7 @@ def linear_gather_logprobs_backward(
         rows = valid[chunk]
         h = safe_hidden[rows].to(dtype)
         z = head.logits(h)
-        capped = z.clone() if softcap is not None else None
+        capped = z.clone() if head.softcap is not None else None
         dy = head.epilogue_gradient(logits_gradient(grad[rows], z, lse[rows], ids[rows]), capped)
         dhidden[rows] = head.times_weight(dy)
         if need_weight:
@@ -177,33 +103,16 @@ def linear_gather_logprobs_backward(
     return dhidden.to(hidden.dtype), dweight.to(weight.dtype), dbias.to(weight.dtype if bias is None else bias.dtype)
 
 
-def linear_logsumexp(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
+def linear_logsumexp(hidden: Tensor, head: Head, mask: Tensor | None) -> Tensor:
     """LSE [N] of the head's logits; 0 in masked rows."""
     no_ids = torch.empty(hidden.shape[0], 0, dtype=torch.int64, device=hidden.device)
-    return linear_gather_logprobs(hidden, weight, no_ids, bias, mask, temperature, logit_scale, softcap)[1]
+    return linear_gather_logprobs(hidden, head, no_ids, mask)[1]
 
 
-def linear_gather_logits(
-    hidden: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-) -> Tensor:
+def linear_gather_logits(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> Tensor:
     """Unnormalised z at ids [N, K] by K dot products a row (an SDDMM); -inf at pads and in masked rows."""
+    weight, bias = head.weight, head.bias
     check_ids_in_range(ids, weight.shape[0])
-    head = Head(weight, bias, temperature, logit_scale, softcap)
     dtype = head.dtype(hidden)
     logits = torch.full(ids.shape, -torch.inf, dtype=dtype, device=hidden.device)
     valid = _valid_rows(mask, hidden.shape[0], hidden.device)
@@ -222,17 +131,13 @@ def linear_gather_logits_backward(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
-    weight: Tensor,
+    head: Head,
     ids: Tensor,
-    bias: Tensor | None,
     mask: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As above from the K scores alone (an SpMM each): rows of W that no id names get exactly 0."""
-    head = Head(weight, bias, temperature, logit_scale, softcap)
+    weight, bias = head.weight, head.bias
     dtype = logits.dtype
     dhidden, dweight, dbias = _empty_gradients(hidden, head, dtype, need_weight)
     mask = rows_with_gradient(grad, ids, mask)
@@ -241,7 +146,7 @@ def linear_gather_logits_backward(
     for chunk in row_chunks(valid.shape[0], ids.shape[1] * weight.shape[1]):
         rows = valid[chunk]
         picked = ids[rows].clamp(min=0).long()
-        z = logits[rows].masked_fill(ids[rows] < 0, 0.0) if softcap is not None else None
+        z = logits[rows].masked_fill(ids[rows] < 0, 0.0) if head.softcap is not None else None
         dy = head.epilogue_gradient(grad[rows].to(dtype).masked_fill(ids[rows] < 0, 0.0), z)
         h = safe_hidden[rows].to(dtype)
         # A pad reads row 0 of the head, and 0 * NaN must not come of it.

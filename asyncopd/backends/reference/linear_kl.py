@@ -3,33 +3,29 @@
 from torch import Tensor
 
 from asyncopd.backends.loss_spec import LossSpec
+from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.kl import kl_rows
 from asyncopd.backends.reference.linear import linear_gather_logprobs, linear_gather_logprobs_backward
 
 
 def linear_kl(
     hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
+    head: Head,
     mask: Tensor | None,
     ids: Tensor,
     teacher: Tensor,
     log_weights: Tensor,
     proximal: Tensor | None,
     denominator: Tensor,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
     need_hidden: bool,
     need_weight: bool,
     spec: LossSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, and gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (or empty)."""
-    scalars = (temperature, logit_scale, softcap)
-    scores, lse = linear_gather_logprobs(hidden, weight, ids, bias, mask, *scalars)
+    scores, lse = linear_gather_logprobs(hidden, head, ids, mask)
     rows, coef, metrics = kl_rows(scores, teacher, log_weights, ids, mask, proximal, spec)
     dhidden, dweight, dbias = linear_gather_logprobs_backward(
-        coef / denominator, hidden, weight, lse, ids, bias, mask, *scalars, need_weight
+        coef / denominator, hidden, head, lse, ids, mask, need_weight
     )
     return rows.sum() / denominator, metrics, dhidden if need_hidden else dhidden[:0].clone(), dweight, dbias
 
