@@ -18,6 +18,7 @@ that the caller keeps, and touches the rows that ids name.
 import torch
 from torch import Tensor
 
+from asyncopd.backends.reference.accumulate import check_gradient
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import check_ids_in_range
 from asyncopd.kernels.launch import DTYPES, INTERPRET, check_ids
@@ -79,17 +80,10 @@ def linear_gather_logits_backward_into(
     made in fp32, added to what is there, and rounded once. Only rows that ids name are read or written.
     weight_grad has unit stride inside its rows, bias_grad is contiguous. A captured CUDA graph adds at every replay.
     """
-    weight = head.weight
-    for name, tensor, shape in (("weight_grad", weight_grad, weight.shape), ("bias_grad", bias_grad, weight.shape[:1])):
-        if tensor is None:
-            continue
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: got {tensor.dtype}, expected float32, bfloat16 or float16")
-        if tensor.shape != shape or tensor.stride(-1) != 1:
-            got = f"shape {list(tensor.shape)} with strides {list(tensor.stride())}"
-            raise ValueError(f"{name}: got {got}, expected shape {list(shape)} with elements of a row side by side")
-        if tensor.device != weight.device:
-            raise ValueError(f"{name}: got device {tensor.device}, expected {weight.device} as weight")
+    shape, device = head.weight.shape, head.weight.device
+    check_gradient("weight_grad", weight_grad, shape, device, tuple(DTYPES))
+    if bias_grad is not None:
+        check_gradient("bias_grad", bias_grad, shape[:1], device, tuple(DTYPES))
     return _backward(grad, logits, hidden, head, ids, mask, weight_grad, bias_grad, add=True)
 
 

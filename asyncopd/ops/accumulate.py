@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends import select
+from asyncopd.backends.reference.accumulate import check_gradient
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
@@ -120,15 +121,6 @@ def _check_gradient(name: str, gradient: Any, of: Tensor, widest: torch.dtype) -
     if not isinstance(gradient, Tensor):
         raise TypeError(f"{name}: got {type(gradient).__name__}, expected a tensor")
     dtypes = dict.fromkeys((torch.bfloat16, torch.float16, torch.float32, widest))
-    if gradient.dtype not in dtypes:
-        raise TypeError(f"{name}: got {gradient.dtype}, expected {' or '.join(map(str, dtypes))}")
-    # Elements of a row side by side, and rows that do not overlap: kernels add to them from several threads.
-    side_by_side = gradient.shape[-1] < 2 or gradient.stride(-1) == 1
-    apart = gradient.dim() < 2 or len(gradient) < 2 or gradient.stride(0) >= gradient.shape[1]
-    if gradient.shape != of.shape or not (side_by_side and apart):
-        got = f"shape {list(gradient.shape)} with strides {list(gradient.stride())}"
-        expected = f"shape {list(of.shape)} with elements of a row side by side and rows that do not overlap"
-        raise ValueError(f"{name}: got {got}, expected {expected}")
+    check_gradient(name, gradient, of.shape, of.device, tuple(dtypes))
     if gradient.requires_grad:
         raise ValueError(f"{name}: requires grad, expected a buffer that autograd does not follow")
-    checks.check_device(name, gradient, of, "the head")

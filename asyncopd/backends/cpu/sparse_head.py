@@ -16,6 +16,7 @@ from asyncopd.backends.native import (
     check_ids,
     raise_for_status,
 )
+from asyncopd.backends.reference.accumulate import check_gradient
 from asyncopd.backends.reference.head import Head
 
 
@@ -56,8 +57,8 @@ def linear_gather_logits_backward_into(
 ) -> Tensor:
     """Adds the gradients of the weight and the bias to weight_grad [V, H] and bias_grad [V]; returns that of hidden.
 
-    Each sum is added to what is there and rounded once, to any of the dtypes. Only rows of weight_grad that ids name
-    are read or written; they have unit stride.
+    Each sum is added to what is there in fp32 at least, and rounded to any of the dtypes. Only rows of weight_grad that
+    ids name are read or written; they have unit stride and do not overlap.
     """
     return _linear_gather_logits_backward_into(grad, logits, hidden, head, ids, mask, weight_grad, bias_grad)
 
@@ -136,15 +137,10 @@ def _linear_gather_logits_backward_into(
     threads: int | None = None,
     isa: int = -1,
 ) -> Tensor:
-    weight = head.weight
-    for name, tensor, shape in (("weight_grad", weight_grad, weight.shape), ("bias_grad", bias_grad, weight.shape[:1])):
-        if tensor is None:
-            continue
-        if tensor.dtype not in DTYPE_CODES:
-            raise TypeError(f"{name}: got {tensor.dtype}, expected float32, bfloat16 or float16")
-        if tensor.shape != shape or tensor.stride(-1) != 1:
-            got = f"shape {list(tensor.shape)} with strides {list(tensor.stride())}"
-            raise ValueError(f"{name}: got {got}, expected shape {list(shape)} with elements of a row side by side")
+    shape, device = head.weight.shape, head.weight.device
+    check_gradient("weight_grad", weight_grad, shape, device, tuple(DTYPE_CODES))
+    if bias_grad is not None:
+        check_gradient("bias_grad", bias_grad, shape[:1], device, tuple(DTYPE_CODES))
     dbias = None if bias_grad is None else torch.empty(bias_grad.shape, dtype=torch.float32)
     dhidden = _backward(grad, logits, hidden, head, ids, mask, weight_grad, dbias, add=True, threads=threads, isa=isa)
     if bias_grad is not None and dbias is not None:

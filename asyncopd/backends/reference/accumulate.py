@@ -9,6 +9,22 @@ from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.linear import linear_gather_logits_backward
 
 
+def check_gradient(
+    name: str, gradient: Tensor, shape: torch.Size, device: torch.device, dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """A buffer that gradients can be added to, row by row and from several threads."""
+    if gradient.dtype not in dtypes:
+        raise TypeError(f"{name}: got {gradient.dtype}, expected {' or '.join(map(str, dtypes))}")
+    side_by_side = gradient.shape[-1] < 2 or gradient.stride(-1) == 1
+    apart = gradient.dim() < 2 or len(gradient) < 2 or gradient.stride(0) >= gradient.shape[1]
+    if gradient.shape != shape or not (side_by_side and apart):
+        got = f"shape {list(gradient.shape)} with strides {list(gradient.stride())}"
+        expected = f"shape {list(shape)} with elements of a row side by side and rows that do not overlap"
+        raise ValueError(f"{name}: got {got}, expected {expected}")
+    if gradient.device != device:
+        raise ValueError(f"{name}: got device {gradient.device}, expected {device} as the head")
+
+
 def linear_gather_logits_backward_into(
     grad: Tensor,
     logits: Tensor,
