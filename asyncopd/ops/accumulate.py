@@ -91,8 +91,8 @@ def linear_gather_logits_into(
     Args:
         hidden: [N, H], the only argument that autograd differentiates; it has to require grad.
         lm_head_weight: [V, H] of the same dtype. ids: [N, K], -1 pads. mask: [N], rows that count. bias: [V] or None.
-        weight_grad: [V, H] of any float dtype, best fp32, rows of any stride; added to in place. May be
-            `lm_head_weight.grad`.
+        weight_grad: [V, H] of any float dtype, best fp32, with rows of any stride that do not overlap; added to in
+            place. May be `lm_head_weight.grad`.
         bias_grad: [V], contiguous; there if and only if bias is.
         temperature, logit_scale, softcap: see `linear_topk_logprobs`.
     Returns: [N, K] fp32 (fp64 for fp64); -inf at pads and in masked rows.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Self
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -116,3 +117,19 @@ class Case:
         torch.testing.assert_close(bias_grad.double(), before[1] + dbias, **close)
         outside = torch.cat([wide[:, :4], wide[:, -4:]], 1).double()
         assert torch.equal(outside, torch.cat([before[0][:, :4], before[0][:, -4:]], 1))
+
+    def assert_refuses_gradients(self) -> None:
+        """Buffers that cannot be added to."""
+        assert self.bias is not None
+        good = torch.zeros_like(self.weight)
+        vocab, width = good.shape
+        with pytest.raises(ValueError, match=rf"weight_grad: got shape \[{vocab - 1}, .*, expected shape \[{vocab}, "):
+            self.add_into(good[1:], None)
+        with pytest.raises(ValueError, match=rf"weight_grad: .* strides \[1, {vocab}\]"):
+            self.add_into(good.t().contiguous().t(), None)
+        with pytest.raises(ValueError, match=r"weight_grad: .* strides \[0, 1\], .* rows that do not overlap"):
+            self.add_into(good[:1].expand(vocab, width), None)
+        with pytest.raises(ValueError, match=r"weight_grad: got device meta"):
+            self.add_into(good.to("meta"), None)
+        with pytest.raises(TypeError, match=r"bias_grad: got torch.float64"):
+            self.add_into(good, self.bias.double())

@@ -10,7 +10,7 @@ INF, NAN = float("inf"), float("nan")
 REAL_VOCAB = 151_936
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-gather = cpu._gather_logprobs
+gather = cpu.gather_logprobs
 
 
 def gather_ref(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from asyncopd.backends.reference import gather as reference
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-backward = cpu._gather_logprobs_backward
+backward = cpu.gather_logprobs_backward
 
 
 def random_case(

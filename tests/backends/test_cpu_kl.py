@@ -17,7 +17,7 @@ WIDTHS = [1, 2, 15, 16, 17, 64, 300]
 
 
 def assert_matches(r: Rows, spec: LossSpec, isa: int, tolerance: float = 2e-6) -> None:
-    assert_are_the_references(r, spec, cpu._kl_rows(*r, spec, isa=isa), tolerance)
+    assert_are_the_references(r, spec, cpu.kl_rows(*r, spec, isa=isa), tolerance)
 
 
 @pytest.mark.parametrize("num_ids", WIDTHS)
@@ -64,7 +64,7 @@ def test_dtypes_and_layouts(dtype: torch.dtype, id_type: torch.dtype, isa: int) 
         strided = Rows(*(None if t is None else t[::2] for t in r))
         assert_matches(transposed, spec, isa)
         assert_matches(strided, spec, isa)
-        plain = cpu._kl_rows(*r._replace(proximal=None), SAMPLES, isa=isa)[1]
+        plain = cpu.kl_rows(*r._replace(proximal=None), SAMPLES, isa=isa)[1]
         assert (plain[(r.ids < 0) | ~r.mask[:, None]] == 0).all()  # type: ignore[index]
 
 
@@ -84,7 +84,7 @@ def test_special_values(num_ids: int, draw: str, isa: int) -> None:
         specs += TRUE
     wide = [t.float() if t is not None and t.is_floating_point() else t for t in r]
     for spec in specs:
-        got, want = cpu._kl_rows(*r, spec, isa=isa), reference.kl_rows(*wide, spec)  # type: ignore[arg-type]
+        got, want = cpu.kl_rows(*r, spec, isa=isa), reference.kl_rows(*wide, spec)  # type: ignore[arg-type]
         for a, b in zip(got[:2], want[:2], strict=True):
             finite = b.isfinite()
             torch.testing.assert_close(a[finite], b[finite], rtol=2e-4, atol=2e-5)
@@ -97,7 +97,7 @@ def test_weights_of_nothing_and_of_everything(isa: int) -> None:
         r.log_weights[2, 5] = value
         for spec in (SAMPLES, replace(SAMPLES, normalize="sampled"), replace(SAMPLES, needs_policy=True, ratio_cap=1.1),
                      replace(SAMPLES, needs_policy=True, clip_eps=0.1), LossSpec(divergence="forward")):  # fmt: skip
-            got, want = cpu._kl_rows(*r, spec, isa=isa), reference.kl_rows(*r, spec)
+            got, want = cpu.kl_rows(*r, spec, isa=isa), reference.kl_rows(*r, spec)
             for a, b in zip(got[:2], want[:2], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, equal_nan=True)
 
@@ -108,7 +108,7 @@ def test_a_full_bucket_has_the_floor_of_fp32(isa: int) -> None:
     r = r._replace(student=r.student.log_softmax(1) + 1e-6, teacher=r.teacher.log_softmax(1) - 0.1)
     for divergence in ("reverse", "forward"):
         spec = LossSpec(divergence=divergence, tail="bucket")
-        for a, b in zip(cpu._kl_rows(*r, spec, isa=isa)[:2], reference.kl_rows(*r, spec)[:2], strict=True):
+        for a, b in zip(cpu.kl_rows(*r, spec, isa=isa)[:2], reference.kl_rows(*r, spec)[:2], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -116,9 +116,9 @@ def test_a_full_bucket_has_the_floor_of_fp32(isa: int) -> None:
 def test_threads_do_not_change_a_bit(num_ids: int, isa: int) -> None:
     r = make_rows(40_000 // num_ids, num_ids, "samples")
     for spec in (SAMPLES, replace(SAMPLES, needs_policy=True, m2_budget=0.02, baseline="loo", normalize="sampled")):
-        one = cpu._kl_rows(*r, spec, threads=1, isa=isa)
+        one = cpu.kl_rows(*r, spec, threads=1, isa=isa)
         for threads in (2, 3, 8):
-            many = cpu._kl_rows(*r, spec, threads=threads, isa=isa)
+            many = cpu.kl_rows(*r, spec, threads=threads, isa=isa)
             assert all(a.equal(b) for a, b in zip(one, many, strict=True))
 
 
@@ -126,10 +126,10 @@ def test_threads_do_not_change_a_bit(num_ids: int, isa: int) -> None:
 def test_a_row_does_not_depend_on_the_batch(num_ids: int, isa: int) -> None:
     r = make_rows(37, num_ids, "samples", pads=False, masked=False, proximal=True)
     spec = replace(SAMPLES, needs_policy=True, clip_eps=0.1, baseline="loo", normalize="sampled")
-    losses, coef, _ = cpu._kl_rows(*r, spec, isa=isa)
+    losses, coef, _ = cpu.kl_rows(*r, spec, isa=isa)
     for n in (0, 15, 16, 36):
         one = Rows(*(None if t is None else t[n : n + 1] for t in r))
-        alone = cpu._kl_rows(*one, spec, isa=isa)
+        alone = cpu.kl_rows(*one, spec, isa=isa)
         assert alone[0].equal(losses[n : n + 1])
         assert alone[1].equal(coef[n : n + 1])
 
@@ -138,7 +138,7 @@ def test_a_row_does_not_depend_on_the_batch(num_ids: int, isa: int) -> None:
 def test_empty(rows: int, num_ids: int, isa: int) -> None:
     r = Rows(*(torch.zeros(rows, num_ids) for _ in range(3)), torch.zeros(rows, num_ids, dtype=torch.int64), None, None)
     for spec in (SAMPLES, LossSpec(tail="bucket"), replace(SAMPLES, needs_policy=True, m2_budget=0.1)):
-        losses, coef, metrics = cpu._kl_rows(*r, spec, isa=isa)
+        losses, coef, metrics = cpu.kl_rows(*r, spec, isa=isa)
         assert losses.shape == (rows,)
         assert coef.shape == (rows, num_ids)
         assert (losses == 0).all()
@@ -149,19 +149,19 @@ def test_refusals(isa: int) -> None:
     samples, certain = make_rows(5, 20, "samples"), make_rows(5, 20, "top_k")
     for tail, divergence in itertools.product(("bucket", "renormalize"), ("reverse", "forward")):
         with pytest.raises(ValueError, match=f"tail: got '{tail}' with a sampled support"):
-            cpu._kl_rows(*samples[:5], None, LossSpec(tail=tail, divergence=divergence), isa=isa)
+            cpu.kl_rows(*samples[:5], None, LossSpec(tail=tail, divergence=divergence), isa=isa)
     for correction in ({"ratio_cap": 1.1}, {"m2_budget": 0.1}, {"advantage": "behavior"}):
         with pytest.raises(ValueError, match="correction: needs the behaviour policy"):
-            cpu._kl_rows(*certain[:5], None, LossSpec(needs_policy=True, **correction), isa=isa)
+            cpu.kl_rows(*certain[:5], None, LossSpec(needs_policy=True, **correction), isa=isa)
         assert_matches(certain, replace(SAMPLES, needs_policy=True, **correction), isa)
     with pytest.raises(RuntimeError, match="status 2"):
-        cpu._kl_rows(*samples[:5], None, LossSpec(clip_eps=0.1), isa=isa)  # without a policy to clip against
+        cpu.kl_rows(*samples[:5], None, LossSpec(clip_eps=0.1), isa=isa)  # without a policy to clip against
     with pytest.raises(ValueError, match=r"teacher: got shape \[5, 19\], expected \[5, 20\]"):
-        cpu._kl_rows(samples.student, samples.teacher[:, 1:], *samples[2:5], None, SAMPLES, isa=isa)
+        cpu.kl_rows(samples.student, samples.teacher[:, 1:], *samples[2:5], None, SAMPLES, isa=isa)
     with pytest.raises(ValueError, match=r"mask: got shape \[4\], expected \[5\]"):
-        cpu._kl_rows(*samples[:4], torch.ones(4), None, SAMPLES, isa=isa)
+        cpu.kl_rows(*samples[:4], torch.ones(4), None, SAMPLES, isa=isa)
     with pytest.raises(TypeError, match=r"ids: got torch\.int16"):
-        cpu._kl_rows(*samples[:3], samples.ids.short(), None, None, SAMPLES, isa=isa)
+        cpu.kl_rows(*samples[:3], samples.ids.short(), None, None, SAMPLES, isa=isa)
 
 
 def test_exponential_of_both_signs(isa: int) -> None:
@@ -169,7 +169,7 @@ def test_exponential_of_both_signs(isa: int) -> None:
     x = torch.cat([torch.linspace(-86, 88.72, 300_001), torch.tensor([0.0, -0.0, 88.7228, 88.73, 89.0, 300.0, INF,
                                                                       -105.0, -1e30, -INF, NAN])])[:, None]  # fmt: skip
     zeros = torch.zeros_like(x)
-    coef = -cpu._kl_rows(zeros, x, zeros, zeros.long(), None, None, LossSpec(divergence="forward"), isa=isa)[1]
+    coef = -cpu.kl_rows(zeros, x, zeros, zeros.long(), None, None, LossSpec(divergence="forward"), isa=isa)[1]
     expected = x.double().exp()
     inside = (x >= -86) & (x <= 88.7228)
     assert ((coef.double() - expected).abs() / expected)[inside].max() < 2e-7
@@ -187,7 +187,7 @@ def test_second_moment_threshold_is_exact(isa: int) -> None:
         mean = float((student + r.log_weights).double().square().mean())
         for share in (0.1, 0.5, 0.9, 0.999, 1.001, 2.0):
             spec = replace(SAMPLES, needs_policy=True, m2_budget=share * mean)
-            losses = cpu._kl_rows(*r, spec, isa=isa)[0].double()
+            losses = cpu.kl_rows(*r, spec, isa=isa)[0].double()
             # The value of a clipped entry is that of the ratio at the threshold.
             ratio = torch.minimum((student + r.log_weights).double()[:, 0], (-losses).log())
             torch.testing.assert_close(float(ratio.square().mean()), min(share, 1.0) * mean, rtol=1e-5, atol=0)

@@ -13,7 +13,7 @@ from asyncopd.backends.reference.extract import top_ids
 INF, NAN = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-sample = cpu._sample_support
+sample = cpu.sample_support
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor]
 
 

@@ -14,7 +14,7 @@ INF, NAN = float("inf"), float("nan")
 REAL_VOCAB = 151_936
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
-topk = cpu._topk_logprobs
+topk = cpu.topk_logprobs
 
 
 def random_logits(rows: int, vocab: int, dtype: torch.dtype = torch.float32, std: float = 4.0) -> Tensor:

@@ -2,7 +2,7 @@
 
 Every op uses `torch.get_num_threads()` threads. The kernels give the same bits whatever their number and whatever the
 batch; the matrix products of the exact head are torch's, which promises neither. fp32, bf16 and fp16 tensors; sums are
-fp32 inside a block and fp64 across blocks. Each function here has the signature and the meaning of its namesake in the
+fp32 inside a block and fp64 across blocks. Each function here has the arguments and the meaning of its namesake in the
 reference.
 """
 

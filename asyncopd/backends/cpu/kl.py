@@ -22,27 +22,15 @@ def kl_rows(
     mask: Tensor | None,
     proximal: Tensor | None,
     spec: LossSpec,
+    *,
+    threads: int | None = None,
+    isa: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[N, K] log p, log q, log w and ids, bool mask [N] -> losses [N], coefficients [N, K], values of a LossMetrics.
 
     fp32 out, and inside; inputs of other dtypes and layouts are converted. M2PO reads the support twice. ratio_p99 is
     that of a histogram, within 0.4 %. Raises ValueError where the options do not suit the weights, as the reference.
     """
-    return _kl_rows(student, teacher, log_weights, ids, mask, proximal, spec)
-
-
-def _kl_rows(
-    student: Tensor,
-    teacher: Tensor,
-    log_weights: Tensor,
-    ids: Tensor,
-    mask: Tensor | None,
-    proximal: Tensor | None,
-    spec: LossSpec,
-    *,
-    threads: int | None = None,
-    isa: int = -1,
-) -> tuple[Tensor, Tensor, Tensor]:
     if ids.dtype not in ID_TYPE_CODES:
         raise TypeError(f"ids: got {ids.dtype}, expected int32 or int64")
     rows, num_ids = ids.shape

@@ -1,7 +1,7 @@
 """Ops on logits: top-K, sampled supports, gathered log-probabilities and their gradient.
 
-Any row stride; rows whose elements are not contiguous are copied first. The public functions are the backend's; the
-private ones let tests choose threads and instruction set.
+Any row stride; rows whose elements are not contiguous are copied first. Beside the reference's arguments each function
+takes `threads` (None: torch's number) and `isa` (-1: the best instruction set of this machine), for tests.
 """
 
 import torch
@@ -18,45 +18,14 @@ from asyncopd.backends.native import (
 )
 
 
-def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def gather_logprobs(
+    logits: Tensor, ids: Tensor, temperature: float, *, threads: int | None = None, isa: int = -1
+) -> tuple[Tensor, Tensor]:
     """logits [N, V], ids [N, K] on the CPU -> fp32 log-probabilities [N, K] and LSE [N] of logits / temperature.
 
     Pads (id -1) and -inf logits give -inf; a row with a NaN gives NaN. One read of the logits, whatever K is.
     Raises ValueError for ids outside [-1, V).
     """
-    return _gather_logprobs(logits, ids, temperature)
-
-
-def gather_logprobs_backward(grad: Tensor, logits: Tensor, lse: Tensor, ids: Tensor, temperature: float) -> Tensor:
-    """grad [N, K] of the log-probabilities -> gradient [N, V] of the logits, in their dtype: one read, one write."""
-    return _gather_logprobs_backward(grad, logits, lse, ids, temperature)
-
-
-def topk_logprobs(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [N, V] -> ids int64 [N, k], log-probabilities [N, k], LSE [N]; one read of the logits and a little."""
-    return _topk_logprobs(logits, k, temperature)
-
-
-def sample_support(
-    logits: Tensor,
-    num_samples: int,
-    head: int,
-    seed: int,
-    streams: Tensor | None,
-    sampled_ids: Tensor | None,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits [N, V] -> ids int64 [N, K], log-weights, log mu at the ids, LSE [N]; one read of the logits and a little.
-
-    The uniform numbers are the reference's bit for bit. So are the draws, unless a number falls within rounding
-    (about 1e-9) of a step of the cumulative distribution.
-    """
-    return _sample_support(logits, num_samples, head, seed, streams, sampled_ids, temperature)
-
-
-def _gather_logprobs(
-    logits: Tensor, ids: Tensor, temperature: float, *, threads: int | None = None, isa: int = -1
-) -> tuple[Tensor, Tensor]:
     logits, ids = check_logits(logits, temperature), check_ids(ids, logits, "logits")
     (rows, vocab), num_ids = logits.shape, ids.shape[1]
     logprobs = torch.empty((rows, num_ids), dtype=torch.float32)
@@ -80,7 +49,7 @@ def _gather_logprobs(
     return logprobs, lse
 
 
-def _gather_logprobs_backward(
+def gather_logprobs_backward(
     grad: Tensor,
     logits: Tensor,
     lse: Tensor,
@@ -90,6 +59,7 @@ def _gather_logprobs_backward(
     threads: int | None = None,
     isa: int = -1,
 ) -> Tensor:
+    """grad [N, K] of the log-probabilities -> gradient [N, V] of the logits, in their dtype: one read, one write."""
     # The layout that autograd and torch.compile are told of; one without unit stride is written by way of a copy.
     dlogits = torch.empty_like(logits)
     logits, ids = check_logits(logits, temperature), check_ids(ids, logits, "logits")
@@ -121,9 +91,10 @@ def _gather_logprobs_backward(
     return dlogits if out is dlogits else dlogits.copy_(out)
 
 
-def _topk_logprobs(
+def topk_logprobs(
     logits: Tensor, k: int, temperature: float, *, threads: int | None = None, isa: int = -1
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """logits [N, V] -> ids int64 [N, k], log-probabilities [N, k], LSE [N]; one read of the logits and a little."""
     logits = check_logits(logits, temperature)
     rows, vocab = logits.shape
     _check_within("k", k, vocab)
@@ -148,7 +119,7 @@ def _topk_logprobs(
     return ids, logprobs, lse
 
 
-def _sample_support(
+def sample_support(
     logits: Tensor,
     num_samples: int,
     head: int,
@@ -160,6 +131,11 @@ def _sample_support(
     threads: int | None = None,
     isa: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [N, V] -> ids int64 [N, K], log-weights, log mu at the ids, LSE [N]; one read of the logits and a little.
+
+    The uniform numbers are the reference's bit for bit. So are the draws, unless a number falls within rounding
+    (about 1e-9) of a step of the cumulative distribution.
+    """
     logits = check_logits(logits, temperature)
     rows, vocab = logits.shape
     _check_within("head", head, vocab)

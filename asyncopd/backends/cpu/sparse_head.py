@@ -1,8 +1,7 @@
 """The sampled head: logits at the K ids of a row and their gradient, from K rows of the weight and no pass over all V.
 
 Any row stride of hidden states and weight; rows whose elements are not contiguous are copied first, which for a weight
-[V, H] costs more than the op itself. The public functions are the backend's; the private ones let tests choose threads
-and instruction set.
+[V, H] costs more than the op itself. `threads` and `isa`: see logits.py.
 """
 
 import torch
@@ -20,50 +19,7 @@ from asyncopd.backends.reference.accumulate import check_gradient
 from asyncopd.backends.reference.head import Head
 
 
-def linear_gather_logits(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> Tensor:
-    """hidden [N, H], ids [N, K] -> fp32 logits [N, K]; -inf at pads and in masked rows.
-
-    hidden is of the weight's dtype, or fp32, whose gradient is then not rounded: a part of a sum over shards. The bias
-    has any float dtype, mask [N] is bool. Raises ValueError for ids outside [-1, V), in masked rows as well.
-    """
-    return _linear_gather_logits(hidden, head, ids, mask)
-
-
-def linear_gather_logits_backward(
-    grad: Tensor,
-    logits: Tensor,
-    hidden: Tensor,
-    head: Head,
-    ids: Tensor,
-    mask: Tensor | None,
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """grad [N, K] of `logits` -> gradients of hidden [N, H], weight [V, H] ([0, H] if not needed), bias [V] or [0].
-
-    Each in the dtype of what it is the gradient of, rounded to it once. Without need_weight and bias nothing is V wide.
-    """
-    return _linear_gather_logits_backward(grad, logits, hidden, head, ids, mask, need_weight)
-
-
-def linear_gather_logits_backward_into(
-    grad: Tensor,
-    logits: Tensor,
-    hidden: Tensor,
-    head: Head,
-    ids: Tensor,
-    mask: Tensor | None,
-    weight_grad: Tensor,
-    bias_grad: Tensor | None,
-) -> Tensor:
-    """Adds the gradients of the weight and the bias to weight_grad [V, H] and bias_grad [V]; returns that of hidden.
-
-    Each sum is added to what is there in fp32 at least, and rounded to any of the dtypes. Only rows of weight_grad that
-    ids name are read or written; they have unit stride and do not overlap.
-    """
-    return _linear_gather_logits_backward_into(grad, logits, hidden, head, ids, mask, weight_grad, bias_grad)
-
-
-def _linear_gather_logits(
+def linear_gather_logits(
     hidden: Tensor,
     head: Head,
     ids: Tensor,
@@ -72,6 +28,11 @@ def _linear_gather_logits(
     threads: int | None = None,
     isa: int = -1,
 ) -> Tensor:
+    """hidden [N, H], ids [N, K] -> fp32 logits [N, K]; -inf at pads and in masked rows.
+
+    hidden is of the weight's dtype, or fp32, whose gradient is then not rounded: a part of a sum over shards. The bias
+    has any float dtype, mask [N] is bool. Raises ValueError for ids outside [-1, V), in masked rows as well.
+    """
     hidden, weight, ids, mask = _check(hidden, head, ids, mask)
     bias = None if head.bias is None else head.bias.to(torch.float32).contiguous()
     logits = torch.empty(ids.shape, dtype=torch.float32)
@@ -101,7 +62,7 @@ def _linear_gather_logits(
     return logits
 
 
-def _linear_gather_logits_backward(
+def linear_gather_logits_backward(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
@@ -113,6 +74,10 @@ def _linear_gather_logits_backward(
     threads: int | None = None,
     isa: int = -1,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """grad [N, K] of `logits` -> gradients of hidden [N, H], weight [V, H] ([0, H] if not needed), bias [V] or [0].
+
+    Each in the dtype of what it is the gradient of, rounded to it once. Without need_weight and bias nothing is V wide.
+    """
     weight, bias = head.weight, head.bias
     dweight = empty_gradient(weight) if need_weight else None
     dbias = None if bias is None else torch.empty(bias.shape, dtype=torch.float32)
@@ -124,7 +89,7 @@ def _linear_gather_logits_backward(
     )
 
 
-def _linear_gather_logits_backward_into(
+def linear_gather_logits_backward_into(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
@@ -137,6 +102,11 @@ def _linear_gather_logits_backward_into(
     threads: int | None = None,
     isa: int = -1,
 ) -> Tensor:
+    """Adds the gradients of the weight and the bias to weight_grad [V, H] and bias_grad [V]; returns that of hidden.
+
+    Each sum is added to what is there in fp32 at least, and rounded to any of the dtypes. Only rows of weight_grad that
+    ids name are read or written; they have unit stride and do not overlap.
+    """
     shape, device = head.weight.shape, head.weight.device
     check_gradient("weight_grad", weight_grad, shape, device, tuple(DTYPE_CODES))
     if bias_grad is not None:
