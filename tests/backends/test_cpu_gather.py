@@ -81,6 +81,13 @@ def test_equal_logits_below_a_few_do_not_either(value: float, vocab: int, isa: i
     torch.testing.assert_close(lse.double(), logits.double().logsumexp(1), rtol=6e-8, atol=7e-7)
 
 
+def test_every_digit_of_the_exponential(isa: int) -> None:
+    """Of two logits the LSE is so small that its own rounding hides nothing."""
+    logits = torch.stack([torch.zeros(4001), torch.linspace(-4, 0, 4001)], 1)
+    _, lse = gather(logits, torch.zeros(4001, 1, dtype=torch.int64), 1.0, isa=isa)
+    torch.testing.assert_close(lse.double(), logits.double().logsumexp(1), rtol=0, atol=1.5e-7)
+
+
 def test_ties_and_duplicate_ids_get_equal_values(isa: int) -> None:
     logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]])
     logprobs, _ = gather(logits, torch.tensor([[1, 2, 3, 1]]), 1.0, isa=isa)

@@ -42,6 +42,13 @@ def assert_matches(logits: Tensor, k: int, temperature: float = 1.0, isa: int = 
     torch.testing.assert_close(logprobs.double(), expected, **close)
 
 
+def test_every_digit_of_the_exponential(isa: int) -> None:
+    """Of two logits the LSE is so small that its own rounding hides nothing."""
+    logits = torch.stack([torch.zeros(4001), torch.linspace(-4, 0, 4001)], 1)
+    lse = topk(logits, 1, 1.0, isa=isa)[2]
+    torch.testing.assert_close(lse.double(), logits.double().logsumexp(1), rtol=0, atol=1.5e-7)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 7, 63, 64, 65, 540, 1024, 1025, 4097])
 def test_matches_a_stable_sort(vocab: int, dtype: torch.dtype, isa: int) -> None:
