@@ -57,8 +57,8 @@ sanitize: $(BUILD) ## the kernels' tests with address and undefined-behaviour sa
 bench: $(BUILD) ## every kernel beside the machine's limit and its peers, on two threads, in under 10 minutes; writes bench/results
 	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest bench/test_suite.py -q --benchmark-quiet $(ARGS)
 
-bench-report: $(BUILD) ## README's table of benchmarks and the plots, from the newest files in bench/results
-	$(VENV)/bin/python -m bench.report --into README.md --plots bench/results
+bench-report: $(BUILD) ## README's table and the plots, from the newest results (a GPU's: ARGS="--keep build/gpu/results.jsonl")
+	$(VENV)/bin/python -m bench.report --into README.md --plots bench/results $(ARGS)
 
 gates: $(BUILD) ## the ratios that no kernel may lose, within one run: two threads, AVX-512
 	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest bench/test_gates.py -q --benchmark-quiet $(ARGS)

@@ -8,7 +8,18 @@ import torch
 # "ci": seconds on two cores, and what the gates are taken on. "full": with the former, `make bench`. "gpu": the
 # reference shape of the kernels' targets.
 Size = Literal["ci", "full", "gpu"]
-FamilyName = Literal["topk", "support", "gather", "kl", "exact_head", "sampled_head", "linear_topk"]
+FamilyName = Literal[
+    "topk",
+    "support",
+    "gather",
+    "kl",
+    "exact_head",
+    "exact_head_zero_sum",
+    "exact_head_frozen",
+    "sampled_head",
+    "linear_topk",
+    "linear_gather",
+]
 
 LOGPROB_BYTES, ID_BYTES = 4, 8  # fp32 scores, int64 ids
 
@@ -74,7 +85,7 @@ class Case:
         """The sizes that the family's inputs have."""
         if self.family == "kl":
             return f"N={self.rows} K={self.k}"
-        width = f" H={self.model.width}" if self.family in ("exact_head", "sampled_head", "linear_topk") else ""
+        width = "" if self.family in ("topk", "support", "gather") else f" H={self.model.width}"
         return f"N={self.rows} V={self.model.vocab}{width} K={self.k}"
 
     @property
@@ -95,7 +106,11 @@ class Case:
                 return Work(2 * (head + hidden), 6 * valid * vocab * width, "flops")
             case "sampled_head":  # K dot products a row each way, but dW is dense: every element of it is written
                 return Work(head + 2 * hidden, 6 * valid * self.k * width, "bytes")
-            case "linear_topk":
+            case "exact_head_zero_sum":  # the softmax's part of the gradient is 0: logits only, but dW is dense
+                return Work(2 * (head + hidden), 2 * valid * vocab * width, "flops")
+            case "exact_head_frozen":  # logits and dH
+                return Work(head + 2 * hidden, 4 * valid * vocab * width, "flops")
+            case "linear_topk" | "linear_gather":
                 return Work(head + hidden, 2 * valid * vocab * width, "flops")
 
 
@@ -142,9 +157,12 @@ CASES: tuple[Case, ...] = (
     Case("gather", QWEN3_8B, 8192, "gpu", BF16, headline=True),
     Case("kl", QWEN3_8B, 8192, "gpu", headline=True),
     Case("exact_head", QWEN3_8B, 8192, "gpu", BF16, headline=True),
-    Case("exact_head", QWEN3_8B, 8192, "gpu", BF16, masked=0.5),
+    Case("exact_head", QWEN3_8B, 8192, "gpu", BF16, masked=0.5, headline=True),
+    Case("exact_head_zero_sum", QWEN3_8B, 8192, "gpu", BF16, headline=True),
+    Case("exact_head_frozen", QWEN3_8B, 8192, "gpu", BF16, headline=True),
     Case("sampled_head", QWEN3_8B, 8192, "gpu", BF16, headline=True),
     Case("linear_topk", QWEN3_8B, 8192, "gpu", BF16, headline=True),
+    Case("linear_gather", QWEN3_8B, 8192, "gpu", BF16, headline=True),
 )
 
 

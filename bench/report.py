@@ -2,6 +2,7 @@
 
 python -m bench.report                          the newest results of every machine, for the terminal
 python -m bench.report FILE... --into README.md --plots bench/results
+python -m bench.report --keep build/gpu/results.jsonl --into README.md     results of another machine, filed and shown
 """
 
 import argparse
@@ -13,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bench.families import COMPILED, EAGER, FAMILIES, GPU_BACKENDS, LIMIT, OURS
-from bench.results import RESULTS, Environment, Result, load
+from bench.families import COMPILED, EAGER, FAMILIES, LIMIT, OURS
+from bench.results import RESULTS, Environment, Result, default_path, load, store
 
 MARKERS = "bench"  # <!-- bench: begin --> and <!-- bench: end -->
 
@@ -104,6 +105,7 @@ _COLUMNS: tuple[tuple[str, Callable[[Result], str]], ...] = (
     ("of limit", lambda r: percent(r.share_of_limit)),
     ("of machine", lambda r: percent(r.share_of_machine)),
     ("extra memory", lambda r: mebibytes(r.peak_bytes)),
+    ("clock", lambda r: "" if r.clock_mhz is None else f"{r.clock_mhz:.0f} MHz"),
     ("error", error),
 )
 
@@ -150,22 +152,12 @@ _HEADER = (
 )
 
 
-def fastest(providers: dict[str, Result]) -> Result | None:
-    """asyncopd's line; on a GPU that of its fastest backend, which need not be the one that it chooses by itself."""
-    names = (OURS, *(f"{OURS} on {backend}" for backend in GPU_BACKENDS))
-    lines = [providers[name] for name in names if name in providers]
-    timed = [line for line in lines if line.status == "ok" and line.time_s is not None]
-    return min(timed, key=lambda line: line.time_s or 0.0) if timed else next(iter(lines), None)
-
-
 def markdown_row(providers: dict[str, Result]) -> str:
     first = next(iter(providers.values()))
-    ours, eager = fastest(providers), providers.get(EAGER)
+    ours, eager = providers.get(OURS), providers.get(EAGER)
     title = f"{FAMILIES[first.family].title}: {what(first)}"
     if ours is None or ours.status != "ok":
         return f"| {title} | not measured: {ours.reason if ours else 'did not run'} | | | | |"
-    if ours.provider != OURS:
-        title += f" ({ours.provider.removeprefix(f'{OURS} on ')})"
     memory = mebibytes(ours.peak_bytes) + (f" ({mebibytes(eager.peak_bytes)})" if eager and eager.peak_bytes else "")
     on_gpu = ours.environment.device == "cuda"
     cells = [
@@ -179,11 +171,28 @@ def markdown_row(providers: dict[str, Result]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def markdown_rows(results: Sequence[Result]) -> list[str]:
+    """A run's rows; those of a GPU below its name."""
+    rows = [markdown_row(providers) for providers in by_case(results).values()]
+    devices = dict.fromkeys(r.environment.machine for r in results if r.environment.device == "cuda")
+    return [f"| **{' / '.join(devices)}** | | | | | |", *rows] if devices else rows
+
+
+def keep(path: Path) -> Path:
+    """Results that were measured elsewhere, filed under their machine and day among those that make the page."""
+    results = load(path)
+    if not results:
+        raise SystemExit(f"{path}: no results in it")
+    target = default_path(results[-1].environment)
+    store(target, results)
+    return target
+
+
 def markdown(runs: Sequence[Sequence[Result]]) -> str:
-    """One table, one row a headline case and machine; then the machines. It says so while none of them is a GPU."""
+    """One table: a GPU's name and its rows, the CPUs' rows; then the machines. It says so while none is a GPU."""
     results = [result for run in runs for result in run if result.headline]
-    cases = [c for run in runs for c in by_case(r for r in run if r.headline).values()]
-    lines = [*_HEADER, *map(markdown_row, cases), ""] if cases else ["No results yet: `make bench` makes them.", ""]
+    rows = [row for run in runs for row in markdown_rows([r for r in run if r.headline])]
+    lines = [*_HEADER, *rows, ""] if rows else ["No results yet: `make bench` makes them.", ""]
     lines += environments(results)
     if not any(result.environment.device == "cuda" for result in results):
         lines.append(NOT_ON_A_GPU)
@@ -195,7 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("files", nargs="*", type=Path, help="JSON lines; left out: the newest of every machine")
     parser.add_argument("--into", type=Path, help="put the Markdown tables between this file's bench markers")
     parser.add_argument("--plots", type=Path, help="a folder for one plot (SVG) a file")
+    parser.add_argument("--keep", type=Path, help="first file these results of another machine in bench/results")
     options = parser.parse_args(arguments)
+    if options.keep:
+        print(f"kept as {keep(options.keep).name}")
     runs = {path: load(path) for path in options.files or newest_files()}
     if options.plots:
         from bench.plots import save_plot

@@ -69,6 +69,7 @@ class Result:
     peak_bytes: int | None
     error: float | None
     environment: Environment
+    clock_mhz: float | None = None  # of a GPU while the case was timed, median
 
     @property
     def key(self) -> tuple[str, str]:
@@ -106,6 +107,7 @@ def make_result(
     limit: Timing | None = None,
     peak_bytes: int | None = None,
     error: float | None = None,
+    clock_mhz: float | None = None,
 ) -> Result:
     time, limit_time = _time(timing, environment), _time(limit, environment)
     work = case.work
@@ -130,6 +132,7 @@ def make_result(
         peak_bytes=peak_bytes,
         error=error,
         environment=environment,
+        clock_mhz=clock_mhz,
     )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from bench import clocks
 from bench.cases import Case
 from bench.families import FAMILIES, LIMIT, Provider, Wrong, providers_on
 from bench.measure import Timing, interleave, peak_extra_bytes, release_memory
@@ -80,7 +81,9 @@ def measure(
     prepared = [prepare(p, inputs, oracle) for p in providers]
     calls = {p.name: p.call for p in prepared if p.call is not None}
     peaks = {name: peak_extra_bytes(call, device) for name, call in calls.items()}
+    begin = clocks.now()
     timings = interleave(calls, device=device, rounds=rounds, budget_s=budget_s)
+    clock = clocks.median_mhz(begin)
     results = tuple(
         make_result(
             case,
@@ -92,6 +95,7 @@ def measure(
             timing=timings.get(p.name),
             limit=timings.get(LIMIT),
             peak_bytes=peaks.get(p.name),
+            clock_mhz=clock if p.name in timings else None,
         )
         for p in prepared
     )

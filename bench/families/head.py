@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import cached_property, partial
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +31,10 @@ class Oracle:
         return head_oracle.exact(self._head)
 
     @cached_property
+    def zero_sum(self) -> head_oracle.Oracle:
+        return head_oracle.exact_zero_sum(self._head)
+
+    @cached_property
     def sampled(self) -> head_oracle.Oracle:
         return head_oracle.sampled(self._head)
 
@@ -48,21 +52,36 @@ def with_gradients(loss: Callable[[Tensor, Tensor], Tensor], inputs: HeadInputs)
     return forward_and_backward
 
 
+def with_hidden_gradient(loss: Callable[[Tensor, Tensor], Tensor], inputs: HeadInputs) -> Callable[[], Gradients]:
+    """The same of a head that is not trained (LoRA)."""
+    weight = inputs.weight.detach()
+
+    def forward_and_backward() -> Gradients:
+        value = loss(inputs.hidden, weight)
+        (dhidden,) = torch.autograd.grad(value, inputs.hidden)
+        return Gradients(value.detach(), dhidden, None)
+
+    return forward_and_backward
+
+
 # ------------------------------------------------------------------------------------------------------- limits
 
 
-def three_products(inputs: HeadInputs) -> Callable[[], None]:
-    """z = h W^T, dh = z W, dW = z^T h of the valid rows, into buffers that are there already."""
+def products_of(inputs: HeadInputs, count: int) -> Callable[[], None]:
+    """The first `count` of z = h W^T, dh = z W, dW = z^T h of the valid rows, into buffers that are there already."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
     if inputs.mask is not None:
         hidden = hidden[inputs.mask]
     logits = hidden.new_empty(hidden.shape[0], weight.shape[0])
-    dhidden, dweight = torch.empty_like(hidden), torch.empty_like(weight)
+    operands = [(hidden, weight.t(), logits)]
+    if count > 1:
+        operands.append((logits, weight, torch.empty_like(hidden)))
+    if count > 2:
+        operands.append((logits.t(), hidden, torch.empty_like(weight)))
 
     def products() -> None:
-        torch.mm(hidden, weight.t(), out=logits)
-        torch.mm(logits, weight, out=dhidden)
-        torch.mm(logits.t(), hidden, out=dweight)
+        for a, b, out in operands:
+            torch.mm(a, b, out=out)
 
     return products
 
@@ -85,10 +104,17 @@ def read_rows_and_clear(inputs: HeadInputs) -> Callable[[], Tensor]:
 
 
 def torch_exact(
-    hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor, log_w: Tensor, mask: Tensor | None, valid: int
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    teacher: Tensor,
+    log_w: Tensor,
+    mask: Tensor | None,
+    valid: int,
+    centred: bool = False,
 ) -> Tensor:
     logprobs = (hidden @ weight.t()).float().log_softmax(dim=1).gather(1, ids)
-    return torch_reverse_kl(logprobs, teacher, log_w, mask, valid)
+    return torch_reverse_kl(logprobs, teacher, log_w, mask, valid, centred=centred)
 
 
 def torch_sampled(
@@ -100,12 +126,14 @@ def torch_sampled(
     return torch_reverse_kl(logprobs, teacher, log_w, mask, valid)
 
 
-def _with_support(function: Callable[..., Tensor], i: HeadInputs) -> Callable[[], Gradients]:
+def _with_support(
+    function: Callable[..., Tensor], i: HeadInputs, gradients: Callable[..., Callable[[], Gradients]] = with_gradients
+) -> Callable[[], Gradients]:
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         s = i.support
         return function(hidden, weight, s.ids, s.teacher_logprobs, s.log_weights, i.mask, i.case.valid_rows)
 
-    return with_gradients(loss, i)
+    return gradients(loss, i)
 
 
 # ------------------------------------------------------------------------------------------------------ others
@@ -143,13 +171,24 @@ def linear_cross_entropy(inputs: HeadInputs) -> Callable[[], Gradients]:
     return with_gradients(lambda h, w: F.linear_cross_entropy(h, w, targets, options=chunked), inputs)
 
 
-def ours(inputs: HeadInputs, normalize: Literal["exact", "sampled"]) -> Callable[[], Gradients]:
-    loss = partial(asyncopd.linear_reverse_kl, support=inputs.support, mask=inputs.mask, normalize=normalize)
-    return with_gradients(loss, inputs)
+def ours(
+    inputs: HeadInputs, gradients: Callable[..., Callable[[], Gradients]] = with_gradients, **options: Any
+) -> Callable[[], Gradients]:
+    loss = partial(asyncopd.linear_reverse_kl, support=inputs.support, mask=inputs.mask, **options)
+    return gradients(loss, inputs)
 
 
 def _check_exact(oracle: Oracle, out: Gradients) -> float:
     return oracle.exact.check(out)
+
+
+def _check_zero_sum(oracle: Oracle, out: Gradients) -> float:
+    # A - b is smaller than A, and what rounding the logits to 16 bits adds to it is not.
+    return oracle.zero_sum.check(out, at_most=2.0)
+
+
+def _check_frozen(oracle: Oracle, out: Gradients) -> float:
+    return oracle.exact.check(out, frozen=True)
 
 
 def check_cross_entropy(oracle: Oracle, out: Gradients) -> float:
@@ -168,12 +207,48 @@ EXACT_HEAD = Family(
     inputs=head_inputs,
     oracle=Oracle,
     providers=(
-        Provider(LIMIT, three_products),
+        Provider(LIMIT, partial(products_of, count=3)),
         Provider(EAGER, partial(_with_support, torch_exact), _check_exact),
         Provider(COMPILED, lambda i: _with_support(compiled(torch_exact), i), _check_exact),
         Provider(LINEAR_CE, linear_cross_entropy, check_cross_entropy),
         Provider(CHUNKED, chunked_recompute, _check_exact),
         Provider(OURS, partial(ours, normalize="exact"), _check_exact),
+    ),
+)
+
+ZERO_SUM = Family(
+    name="exact_head_zero_sum",
+    title="Head + exact reverse KL, zero-sum coefficients, forward + backward",
+    limit="the matrix product of the logits",
+    error="relative",
+    inputs=head_inputs,
+    oracle=Oracle,
+    providers=(
+        Provider(LIMIT, partial(products_of, count=1)),
+        Provider(EAGER, partial(_with_support, partial(torch_exact, centred=True)), _check_zero_sum),
+        Provider(
+            COMPILED, lambda i: _with_support(partial(compiled(torch_exact), centred=True), i), _check_zero_sum
+        ),
+        Provider(OURS, partial(ours, baseline="mean"), _check_zero_sum),
+    ),
+)
+
+FROZEN = Family(
+    name="exact_head_frozen",
+    title="Head + exact reverse KL, frozen head, forward + backward",
+    limit="the two matrix products of logits and dH",
+    error="relative",
+    inputs=head_inputs,
+    oracle=Oracle,
+    providers=(
+        Provider(LIMIT, partial(products_of, count=2)),
+        Provider(EAGER, partial(_with_support, torch_exact, gradients=with_hidden_gradient), _check_frozen),
+        Provider(
+            COMPILED,
+            lambda i: _with_support(compiled(torch_exact), i, with_hidden_gradient),
+            _check_frozen,
+        ),
+        Provider(OURS, partial(ours, gradients=with_hidden_gradient), _check_frozen),
     ),
 )
 

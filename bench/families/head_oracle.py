@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.families.base import PRODUCT_TOLERANCE, relative_difference, require, sum_difference, worst
-from bench.families.kl import weighted_terms
+from bench.families.base import PRODUCT_TOLERANCE, relative_difference, require, require_true, sum_difference, worst
+from bench.families.kl import weighted_terms, zero_sum
 from bench.inputs import HeadInputs
 
 VOCAB_BLOCK = 8192
@@ -24,7 +24,7 @@ class Gradients:
 
     loss: Tensor
     dhidden: Tensor  # [N, H]
-    dweight: Tensor  # [V, H]
+    dweight: Tensor | None  # [V, H]; None of a frozen head
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,15 @@ class Oracle:
     dweight: Tensor  # [ids, H]
     dtype: torch.dtype
 
-    def check(self, out: Gradients) -> float:
+    def check(self, out: Gradients, *, frozen: bool = False, at_most: float = 1.0) -> float:
+        """The largest error; Wrong if it is above `at_most` times the usual tolerance, or if a dW is missing."""
+        require_true((out.dweight is None) == frozen, "dW: there, or missing, where the other was expected")
         error = worst(
-            sum_difference(out.loss, self.terms),
-            relative_difference(out.dhidden[self.rows], self.dhidden),
-            relative_difference(out.dweight[self.ids], self.dweight),
+            sum_difference(out.loss, self.terms), relative_difference(out.dhidden[self.rows], self.dhidden)
         )
-        return require(error, PRODUCT_TOLERANCE[self.dtype], "loss, dH or dW")
+        if out.dweight is not None:
+            error = worst(error, relative_difference(out.dweight[self.ids], self.dweight))
+        return require(error, at_most * PRODUCT_TOLERANCE[self.dtype], "loss, dH or dW")
 
 
 class Head:
@@ -99,6 +101,14 @@ def exact(head: Head) -> Oracle:
     logprobs = head.logits_at(s.ids) - head.lse[:, None]
     c = weighted_terms(logprobs, s.teacher_logprobs.double(), s.log_weights.double()) / len(head.valid)
     return head.oracle(c, c, s.ids, normalised=True)
+
+
+def exact_zero_sum(head: Head) -> Oracle:
+    """As `exact` with baseline="mean": the coefficients sum to 0, so the softmax has no part in the gradient."""
+    s, log_weights = head.support, head.support.log_weights.double()
+    logprobs = head.logits_at(s.ids) - head.lse[:, None]
+    terms = weighted_terms(logprobs, s.teacher_logprobs.double(), log_weights) / len(head.valid)
+    return head.oracle(terms, zero_sum(terms, logprobs, log_weights), s.ids, normalised=False)
 
 
 def sampled(head: Head) -> Oracle:

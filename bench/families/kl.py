@@ -50,13 +50,26 @@ def weighted_terms(logprobs: Tensor, teacher: Tensor, log_weights: Tensor) -> Te
     return (log_weights + logprobs).exp() * (logprobs - teacher)
 
 
+def zero_sum(terms: Tensor, logprobs: Tensor, log_weights: Tensor) -> Tensor:
+    """c = w p (A - b), with b the w p weighted mean of A: baseline="mean"."""
+    omega = (log_weights + logprobs).exp()
+    return terms - omega * (terms.sum(1, keepdim=True) / omega.sum(1, keepdim=True))
+
+
 def torch_reverse_kl(
-    logprobs: Tensor, teacher: Tensor, log_weights: Tensor, mask: Tensor | None = None, valid: int | None = None
+    logprobs: Tensor,
+    teacher: Tensor,
+    log_weights: Tensor,
+    mask: Tensor | None = None,
+    valid: int | None = None,
+    *,
+    centred: bool = False,
 ) -> Tensor:
     """Value sum w p A and gradient sum c grad log p, mean over the valid rows, in plain torch."""
-    c = weighted_terms(logprobs, teacher, log_weights).detach()
+    terms = weighted_terms(logprobs, teacher, log_weights).detach()
+    c = zero_sum(terms, logprobs.detach(), log_weights) if centred else terms
     surrogate = (c * logprobs).sum(1)
-    rows = c.sum(1) + (surrogate - surrogate.detach())
+    rows = terms.sum(1) + (surrogate - surrogate.detach())
     if mask is not None:
         rows = torch.where(mask, rows, 0.0)
     return rows.sum() / (valid or rows.shape[0])

@@ -1,8 +1,9 @@
-"""Top-K log-probabilities straight from hidden states. The limit is the head's product alone."""
+"""Log-probabilities straight from hidden states, of the top K or at K ids. The limit is the head's product alone."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,5 +81,45 @@ LINEAR_TOPK = Family(
         Provider(EAGER, partial(_prepare, torch_linear_topk), check),
         Provider(COMPILED, lambda i: _prepare(compiled(torch_linear_topk), i), check),
         Provider(OURS, partial(_prepare, asyncopd.linear_topk_logprobs), check),
+    ),
+)
+
+
+# ------------------------------------------------------------------------------------------------ at given ids
+
+
+def torch_linear_gather(hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+    return (hidden @ weight.t()).float().log_softmax(dim=1).gather(1, ids)
+
+
+class Scores(NamedTuple):
+    """What a teacher is asked for: its log-probabilities at the ids of the student's support."""
+
+    ids: Tensor
+    logprobs: Tensor
+
+
+def _prepare_scores(function: Callable[..., Tensor], i: HeadInputs) -> Callable[[], Scores]:
+    hidden, weight, ids = i.hidden.detach(), i.weight.detach(), i.support.ids
+    return lambda: Scores(ids, function(hidden, weight, ids))
+
+
+def check_scores(o: Oracle, out: Scores) -> float:
+    error = largest_difference(out.logprobs[o.rows], o.logprobs.gather(1, out.ids[o.rows]))
+    return require(error, PRODUCT_TOLERANCE[o.dtype], "log-probabilities")
+
+
+LINEAR_GATHER = Family(
+    name="linear_gather",
+    title="Teacher scores: head + log-probabilities at K ids",
+    limit="the head's matrix product",
+    error="nats",
+    inputs=head_inputs,
+    oracle=oracle,
+    providers=(
+        Provider(LIMIT, limit),
+        Provider(EAGER, partial(_prepare_scores, torch_linear_gather), check_scores),
+        Provider(COMPILED, lambda i: _prepare_scores(compiled(torch_linear_gather), i), check_scores),
+        Provider(OURS, partial(_prepare_scores, asyncopd.linear_gather_logprobs), check_scores),
     ),
 )
