@@ -1,6 +1,6 @@
 """Every op once on every backend, beside the reference: python -m bench.smoke --device cuda --backends triton,cuda
 
-Forward and backward in bf16 and fp32, 64 rows, a vocabulary of 1,000 and one of 50,257. This is a check that what will be
+Forward and backward in bf16 and fp32, 64 rows, a vocabulary of 1,000 and one of 50,257. It checks that what will be
 measured runs and is right to a few digits; the tests are the ones that look at every digit.
 
 Exit status: 0 all is right; 1 some values are wrong; 3 an op broke, which ends the process with the op's name: after a
@@ -194,7 +194,7 @@ def difference(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) 
         least = SAME_IDS if name.startswith("drawn") else 1.0
         return None if same >= least else f"{name}: {100 * same:.1f} % the same, expected {100 * least:.0f} %"
     # Scores of given logits are fp32 whatever the logits are, and nothing rounds them to 16 bits.
-    exact = name in ("logprobs", "logsumexp") or actual.dtype == torch.float32 and not name.startswith("d")
+    exact = name in ("logprobs", "logsumexp") or (actual.dtype == torch.float32 and not name.startswith("d"))
     bound = RATIO_P99 if name == "ratio_p99" else TOLERANCE[torch.float32 if exact else dtype]
     finite = expected.isfinite()
     if not torch.equal(finite, actual.isfinite()):

@@ -226,9 +226,7 @@ ZERO_SUM = Family(
     providers=(
         Provider(LIMIT, partial(products_of, count=1)),
         Provider(EAGER, partial(_with_support, partial(torch_exact, centred=True)), _check_zero_sum),
-        Provider(
-            COMPILED, lambda i: _with_support(partial(compiled(torch_exact), centred=True), i), _check_zero_sum
-        ),
+        Provider(COMPILED, lambda i: _with_support(partial(compiled(torch_exact), centred=True), i), _check_zero_sum),
         Provider(OURS, partial(ours, baseline="mean"), _check_zero_sum),
     ),
 )

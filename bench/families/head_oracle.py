@@ -39,9 +39,7 @@ class Oracle:
     def check(self, out: Gradients, *, frozen: bool = False, at_most: float = 1.0) -> float:
         """The largest error; Wrong if it is above `at_most` times the usual tolerance, or if a dW is missing."""
         require_true((out.dweight is None) == frozen, "dW: there, or missing, where the other was expected")
-        error = worst(
-            sum_difference(out.loss, self.terms), relative_difference(out.dhidden[self.rows], self.dhidden)
-        )
+        error = worst(sum_difference(out.loss, self.terms), relative_difference(out.dhidden[self.rows], self.dhidden))
         if out.dweight is not None:
             error = worst(error, relative_difference(out.dweight[self.ids], self.dweight))
         return require(error, at_most * PRODUCT_TOLERANCE[self.dtype], "loss, dH or dW")
