@@ -12,6 +12,7 @@ from torch import Tensor
 
 # Decided when Triton decorates the kernels, so it is read once.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE_TYPE = "cpu" if INTERPRET else "cuda"  # of the tensors that kernels take
 LARGEST = torch.finfo(torch.float32).max
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -45,9 +46,8 @@ def check_logits(logits: Tensor, temperature: float) -> Tensor:
         raise TypeError(f"logits: got {logits.dtype}, expected float32, bfloat16 or float16")
     if logits.dim() != 2:
         raise ValueError(f"logits: got shape {list(logits.shape)}, expected [N, V]")
-    expected = "cpu" if INTERPRET else "cuda"
-    if logits.device.type != expected:
-        raise ValueError(f"logits: got device {logits.device}, expected {expected}")
+    if logits.device.type != DEVICE_TYPE:
+        raise ValueError(f"logits: got device {logits.device}, expected {DEVICE_TYPE}")
     if not temperature > 0:
         raise ValueError(f"temperature: got {temperature}, expected a number above 0")
     return logits if logits.stride(1) == 1 else logits.contiguous()
