@@ -1,9 +1,9 @@
 """A candidate, to be decided by measurement: LSE + top-K of a row in one program, which reads the row once.
 
 It does what kernels/summary.py and kernels/topk.py do in three launches, in the same order, so its results have the
-same bits. A program streams the tiles of a row and then chooses, while other programs on the SM stream: the selection, which
-is bound by the issue of instructions, hides behind loads. Compiled ahead of time for sm_90 with 8 warps and at most 80
-registers it does not spill, so three programs fit an SM.
+same bits. A program streams the tiles of a row and then chooses, while other programs on the SM stream: the selection,
+which is bound by the issue of instructions, hides behind loads. Compiled ahead of time for sm_90 with 8 warps and at
+most 80 registers it does not spill, so three programs fit an SM.
 """
 
 import triton
