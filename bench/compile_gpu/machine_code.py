@@ -58,16 +58,31 @@ def _dump(option: str, cubin: Path) -> str:
     return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True, env=env).stdout
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a kernel needs: registers per thread, static bytes of each memory. A spill has a stack frame."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    local_bytes: int
+
+
+def usage(cubin: Path) -> dict[str, Usage]:
+    """Mangled kernel name -> what it needs; without its instructions, which take a hundred times as long to read."""
+    return {name: Usage(*map(int, numbers)) for name, *numbers in _USAGE.findall(_dump("-res-usage", cubin))}
+
+
 def read(cubin: Path) -> dict[str, MachineCode]:
     """Mangled kernel name -> what is known of it."""
     code: dict[str, str] = {}
     for section in re.split(r"^\s*Function : ", _dump("-sass", cubin), flags=re.M)[1:]:
         name, _, sass = section.partition("\n")
         code[name.strip()] = sass
-    usage = _USAGE.findall(_dump("-res-usage", cubin))
-    kernels = {name: _describe(code[name], *map(int, numbers)) for name, *numbers in usage if name in code}
+    lines = _USAGE.findall(_dump("-res-usage", cubin))
+    kernels = {name: _describe(code[name], *map(int, numbers)) for name, *numbers in lines if name in code}
     if not kernels or len(kernels) != len(code):
-        raise RuntimeError(f"cuobjdump: {len(usage)} resource lines for the {len(code)} kernels of {cubin.name}")
+        raise RuntimeError(f"cuobjdump: {len(lines)} resource lines for the {len(code)} kernels of {cubin.name}")
     return kernels
 
 
