@@ -31,15 +31,30 @@ class Head:
         starts = range(0, vocab, VOCAB_BLOCK)
         return [(slice(s, min(s + VOCAB_BLOCK, vocab)), self.weight[s : s + VOCAB_BLOCK]) for s in starts]
 
+    def _multiplies_16_bits(self, hidden: Tensor) -> bool:
+        """Whether the product can be had without an upcast: a GPU's tensor cores sum products of 16-bit values in fp32.
+
+        Such products are exact in fp32, so this is the same arithmetic, 10 to 20 times as fast. Not so the gradient's
+        products: their dz is fp32, and rounding it to 16 bits would be another specification.
+        """
+        if hidden.device.type != "cuda" or hidden.dtype != self.weight.dtype:
+            return False
+        if hidden.dtype == torch.float16:  # torch can be told to sum these in fp16
+            return not torch.backends.cuda.matmul.allow_fp16_accumulation
+        return hidden.dtype == torch.bfloat16
+
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """hidden [C, H] -> z [C, V], in `out` if given: products of the given bf16/fp16 values, summed in fp32."""
         dtype = self.dtype(hidden)
-        hidden = hidden.to(dtype)
         z = out
         if z is None:
             z = torch.empty(hidden.shape[0], self.weight.shape[0], dtype=dtype, device=hidden.device)
-        for cols, block in self._blocks(dtype):
-            torch.mm(hidden, block.to(dtype).t(), out=z[:, cols])
+        if self._multiplies_16_bits(hidden):
+            torch.mm(hidden, self.weight.t(), out_dtype=dtype, out=z)
+        else:
+            hidden = hidden.to(dtype)
+            for cols, block in self._blocks(dtype):
+                torch.mm(hidden, block.to(dtype).t(), out=z[:, cols])
         if self.bias is not None:
             z += self.bias.to(dtype)
         return self.epilogue(z)

@@ -91,8 +91,8 @@ def linear_gather_logprobs_backward(
     safe_hidden, ids = _silence(hidden, ids, mask)
     for chunk in head_chunks(valid.shape[0], weight.shape[0]):
         rows = valid[chunk]
+        z = head.logits(safe_hidden[rows])
         h = safe_hidden[rows].to(dtype)
-        z = head.logits(h)
         capped = z.clone() if head.softcap is not None else None
         dy = head.epilogue_gradient(logits_gradient(grad[rows], z, lse[rows], ids[rows]), capped)
         dhidden[rows] = head.times_weight(dy)
