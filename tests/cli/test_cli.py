@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from typer.testing import CliRunner
@@ -96,6 +98,52 @@ def test_doctor_says_what_works_and_why_not() -> None:
     assert "no: " in result.output
     if importlib.util.find_spec("triton") is None:
         assert "asyncopd[triton]" in result.output  # square brackets are not taken for markup
+
+
+def doctor() -> str:
+    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    return " ".join(result.output.split())
+
+
+def test_doctor_says_what_cpu_and_cuda_tensors_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ASYNCOPD_BACKEND", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    output = doctor()
+    assert "CPU tensors (fp32) run on" in output
+    assert "CUDA tensors run on │ triton, on a machine with a GPU" in output
+    assert "CUDA tensors (bf16)" not in output
+
+
+def test_doctor_of_a_gpu_without_triton_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    reason = "triton is not installed (pip install 'asyncopd[triton]')"
+    assert f"CUDA tensors run on │ reference, slowly: {reason}" in doctor()
+
+
+def test_doctor_of_a_gpu_has_a_column_for_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
+        asked.append((device.type, dtype))
+        warnings.warn("of a backend that cannot run", stacklevel=1)
+        return "cpu" if device.type == "cpu" else "triton"
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda i: "a GPU")
+    monkeypatch.setattr("asyncopd.backends.choose", choose)
+    monkeypatch.setattr("asyncopd.backends.unavailable_reason", lambda name: None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output = doctor()
+    assert "CUDA tensors run on │ see the ops below │" in output
+    assert "CUDA tensors (bf16) run on" in output
+    assert "│ topk_logprobs │ cpu │ triton │" in output
+    assert set(asked) == {("cpu", torch.float32), ("cuda", torch.bfloat16)}
+    monkeypatch.setattr("asyncopd.backends.unavailable_reason", lambda name: "the driver is too old")
+    assert "CUDA tensors run on │ reference, slowly: the driver is too old" in doctor()
 
 
 def test_eval_prints_accuracy_with_its_error() -> None:
