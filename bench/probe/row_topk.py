@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-def"
 """A candidate, to be decided by measurement: LSE + top-K of a row in one program, which reads the row once.
 
 It does what kernels/summary.py and kernels/topk.py do in three launches, in the same order, so its results have the

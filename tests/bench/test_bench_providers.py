@@ -15,9 +15,10 @@ from bench.families.gather import Gathered
 from bench.families.kl import Loss
 from bench.run import prepare
 
-HEADS = ("exact_head", "sampled_head")
+HEADS = ("exact_head", "exact_head_zero_sum", "sampled_head")
 LOGITS = ("topk", "support", "gather")
-PRODUCTS = (*HEADS, "linear_topk")
+SCORES = ("linear_topk", "linear_gather")
+PRODUCTS = (*HEADS, "exact_head_frozen", *SCORES)
 
 
 def every_provider(families: tuple[str, ...]) -> list[Any]:
@@ -54,7 +55,7 @@ def test_heads_agree_where_a_third_of_the_rows_is_masked(family: str, provider: 
 def test_bf16_within_its_rounding(family: str, provider: Provider) -> None:
     error = run(family, provider, torch.bfloat16, 0.0)
     # Log-probabilities of given logits are fp32. So are ours of products with a head; gradients are rounded to bf16.
-    if family in LOGITS or (provider.name == OURS and family == "linear_topk"):
+    if family in LOGITS or (provider.name == OURS and family in SCORES):
         assert error is None or error < 2e-5
     elif provider.name == OURS:
         assert error is not None
@@ -99,6 +100,11 @@ FAULTS: list[tuple[str, str, Callable[[Any], Any]]] = [
     ("kl", "a NaN", lambda o: Loss(o.value, nudged(o.grad, (0, 0), float("nan")))),
     ("linear_topk", "an id twice", lambda o: o._replace(ids=o.ids[:, [0, 0, *range(2, 8)]])),
     ("linear_topk", "a wrong score", lambda o: o._replace(logprobs=nudged(o.logprobs, (20, 7)))),
+    ("linear_gather", "a wrong score", lambda o: o._replace(logprobs=nudged(o.logprobs, (20, 7)))),
+    ("exact_head_frozen", "a wrong loss", lambda o: replace(o, loss=1.01 * o.loss + 1e-3)),
+    ("exact_head_frozen", "rows of dH shifted by one", lambda o: replace(o, dhidden=o.dhidden.roll(1, 0))),
+    ("exact_head_frozen", "a dW", lambda o: replace(o, dweight=o.dhidden)),
+    ("exact_head", "no dW", lambda o: replace(o, dweight=None)),
     *(
         fault
         for head in HEADS

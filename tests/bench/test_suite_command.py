@@ -68,6 +68,29 @@ def test_a_run_ends_at_its_budget_and_goes_on_after_what_it_has(
     assert run(path, budget_s=-1) == 0, "with nothing left to do there is no budget to exceed"
 
 
+def test_peers_are_added_later_beside_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been measured keeps its lines, those of the limit too; the limit is timed again, in the same rounds."""
+    path, timed = tmp_path / "r.jsonl", []
+    measure = suite.measure
+
+    def watched(case: Any, *args: Any, providers: Any, **options: Any) -> Any:
+        timed.append([p.name for p in providers])
+        return measure(case, *args, providers=providers, **options)
+
+    monkeypatch.setattr(suite, "measure", watched)
+    assert run(path, only="topk", peers=False) == 0
+    first = results.load(path)
+    assert timed == [[LIMIT, OURS]]
+    assert run(path, only="topk") == 0
+    assert timed[1:] == [[LIMIT, EAGER]]
+    both = results.load(path)
+    assert both[:2] == first
+    assert [r.provider for r in both] == [LIMIT, OURS, EAGER]
+    assert both[2].share_of_limit is not None
+    assert run(path, only="topk") == 0
+    assert len(timed) == 2
+
+
 def test_wrong_arguments_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for options, message in (
         ({"size": "big"}, "got 'big', expected one of ci, full, gpu"),
@@ -123,7 +146,7 @@ def test_a_case_that_takes_the_device_with_it_ends_the_process_and_is_not_tried_
     assert {r.case for r in results.load(path) if r.status == "ok"} == {TINY[1].name}
     # Memory that the inputs do not fit is no broken device.
     monkeypatch.setattr(suite, "measure", lambda *a, **k: (_ for _ in ()).throw(torch.cuda.OutOfMemoryError("full")))
-    lines, trusted = suite.measured(TINY[0], CPU, ENVIRONMENT, 0.0)
+    lines, trusted = suite.measured(TINY[0], providers_on("cpu", "topk"), CPU, ENVIRONMENT, 0.0)
     assert trusted
     assert lines[0].reason == "the case broke: OutOfMemoryError: full"
 
@@ -202,9 +225,12 @@ def test_every_gpu_case_runs_where_it_is_made_small(case: Case) -> None:
 def test_on_a_gpu_there_are_the_backends_and_the_peers() -> None:
     assert providers_on("cpu", "topk") == FAMILIES["topk"].providers
     names = [p.name for p in providers_on("cuda", "topk")]
-    assert names[-3:] == ["asyncopd on triton", "asyncopd on cuda", "flashinfer top_k + torch"]
+    assert names[-2:] == ["asyncopd on cuda", "flashinfer top_k + torch"]
     forwards = [p.name for p in providers_on("cuda", "kl") if "forward" in p.name and " on " in p.name]
-    assert len(forwards) == 4  # without and with metrics, on two backends
+    assert len(forwards) == 2  # without and with metrics
+    few = [p.name for p in providers_on("cuda", "exact_head", peers=False)]
+    assert few == [p.name for p in providers_on("cpu", "exact_head", peers=False)] == [LIMIT, COMPILED, OURS]
+    assert len(providers_on("cuda", "kl", peers=False)) == 4  # the limit and three of asyncopd (no torch.compile here)
     assert {c.family for c in CASES if c.size == "gpu"} >= set(PEERS)
 
 
