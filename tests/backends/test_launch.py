@@ -1,6 +1,6 @@
 """launch(): which compiled kernel runs for which arguments. Kernels are compiled for sm_90 and launched into nothing.
 
-The stand-in driver is chosen for a whole process, and Triton must not be in its interpreter there: so a process of its own.
+The stand-in driver is chosen for a whole process, where Triton must not be in its interpreter: so it has its own.
 """
 
 import os
