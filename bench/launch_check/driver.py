@@ -59,11 +59,15 @@ class Compiled:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What a launcher was given: everything but the hooks."""
+    """Which compiled kernel was launched, and what the launcher was given."""
 
     function: JITFunction[Any]
+    binary: str  # a hash of the source, of what it was specialised on, and of the options
     grid: tuple[int, int, int]
     types: tuple[str, ...]
+    handle: int
+    packed_metadata: Any
+    hooks: tuple[Any, Any]
     arguments: tuple[Any, ...]
 
 
@@ -89,6 +93,7 @@ class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
         self.function = source.fn
         self.types = tuple(source.signature.values())
+        self.binary = metadata.hash
 
     def __call__(
         self,
@@ -109,7 +114,17 @@ class _Launcher:
                 argument.data_ptr()
         _recorder.launched[self.function] = _recorder.launched.get(self.function, 0) + 1
         if _recorder.launches is not None:
-            _recorder.launches.append(Launch(self.function, (grid_x, grid_y, grid_z), self.types, arguments))
+            launch = Launch(
+                self.function,
+                self.binary,
+                (grid_x, grid_y, grid_z),
+                self.types,
+                function,
+                packed_metadata,
+                (enter_hook, exit_hook),
+                arguments,
+            )
+            _recorder.launches.append(launch)
 
 
 class _Utils:

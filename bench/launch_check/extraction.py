@@ -109,6 +109,4 @@ def sharded_topk(case: Case) -> None:
         )
     else:
         hidden, weight = matrix(4, WIDTH, dtype), laid_out(matrix(shard.size, WIDTH, dtype), "rows apart")
-        asyncopd.vocab_parallel_linear_topk_logprobs(
-            hidden, weight, case["k"], shard, temperature=case["temperature"]
-        )
+        asyncopd.vocab_parallel_linear_topk_logprobs(hidden, weight, case["k"], shard, temperature=case["temperature"])

@@ -1,4 +1,4 @@
-"""Cases of scores at ids, forward and backward: from logits, and from hidden states by the exact and the sampled head."""
+"""Cases of scores at ids, forward and backward: from logits, and through the exact and the sampled head."""
 
 import torch
 
@@ -111,5 +111,3 @@ def logits_into(case: Case) -> None:
             softcap=case["softcap"],
         )
         scores.sum().backward()
-
-

@@ -1,5 +1,6 @@
 """Cases of the losses, forward and backward: on [N, K] scores, through a head, and through one split by vocabulary."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,14 +88,16 @@ FORWARD_RULES = REVERSE_RULES[:1]
 
 def student_scores(case: Case) -> Tensor:
     """options read: rows, k, dtype, layout"""
-    return wants_grad(laid_out(torch.full((case["rows"], case["k"]), -1.5, dtype=DTYPES[case["dtype"]]), case["layout"]))
+    return wants_grad(
+        laid_out(torch.full((case["rows"], case["k"]), -1.5, dtype=DTYPES[case["dtype"]]), case["layout"])
+    )
 
 
 def reverse(case: Case) -> None:
     student = student_scores(case)
     loss = asyncopd.reverse_kl(
         student,
-        support(case, *student.shape, 1000, case["draw"], case["layout"]),
+        support(case, case["rows"], case["k"], 1000, case["draw"], case["layout"]),
         mask=some_mask(case["rows"], case["mask"]),
         normalize=case["normalize"],
         tail=case["tail"],
@@ -110,7 +113,7 @@ def forward(case: Case) -> None:
     student = student_scores(case)
     loss = asyncopd.forward_kl(
         student,
-        support(case, *student.shape, 1000, case["draw"], case["layout"]),
+        support(case, case["rows"], case["k"], 1000, case["draw"], case["layout"]),
         mask=some_mask(case["rows"], case["mask"]),
         tail=case["tail"],
         return_metrics=case["metrics"],
@@ -176,21 +179,21 @@ def _through_head(case: Case, vocab: int, shard: LonelyShard | None) -> None:
     draw, options = LOSSES[case["loss"]]
     options = dict(options)
     if "correction" in options:
-        options["correction"] = correction_of(*options["correction"], torch.Size((rows, case["k"])))
+        kind, advantage = options["correction"]
+        options["correction"] = correction_of(kind, advantage, torch.Size((rows, case["k"])))
     bias = head_bias(case, vocab)
+    is_forward = case["loss"].startswith("forward")
     function: Any
     if shard is None:
-        function = asyncopd.linear_forward_kl if case["loss"].startswith("forward") else asyncopd.linear_reverse_kl
-        where = ()
+        function = asyncopd.linear_forward_kl if is_forward else asyncopd.linear_reverse_kl
+    elif is_forward:
+        function = partial(asyncopd.vocab_parallel_linear_forward_kl, shard=shard)
     else:
-        forwards = case["loss"].startswith("forward")
-        function = asyncopd.vocab_parallel_linear_forward_kl if forwards else asyncopd.vocab_parallel_linear_reverse_kl
-        where = (shard,)
+        function = partial(asyncopd.vocab_parallel_linear_reverse_kl, shard=shard)
     loss = function(
         wants_grad(matrix(rows, WIDTH, dtype, case["hidden"]), trains != "weight"),
         wants_grad(matrix(vocab, WIDTH, dtype, case["weight"]), trains != "hidden"),
         support(case, rows, case["k"], vocab if shard is None else shard.vocab, draw),
-        *where,
         mask=some_mask(rows, case["mask"]),
         return_metrics=case["metrics"],
         bias=None if bias is None else wants_grad(bias),
