@@ -2,7 +2,8 @@
 // the rules.
 //
 // One pass writes -total softmax; then the few ids are written again, each from its softmax and all its gradients, so
-// that nothing is rounded to 16 bits before it is whole. softmax = exp((z - L) t) with L = lse / t as two floats:
+// that nothing is rounded before it is whole. Entries that name the same id find their common sum through a hash table:
+// sorting them took 70 % of the time at V = 540 and K = 64. softmax = exp((z - L) t) with L = lse / t as two floats:
 // z - L loses no digit where it matters, near 0, and no product is rounded before the subtraction.
 
 #include "numeric.inl"
@@ -26,8 +27,11 @@ void fill_row(const typename Type::Storage* logits, int64_t vocab, const Row& ro
     for (int v = 0; v < kBlock; ++v) block[v] = softmax_part(Type::load(logits[start + v]), row, scale);
     for (int v = 0; v < kBlock; ++v) out[start + v] = Type::store(block[v]);
   }
-  const int width = static_cast<int>(vocab - start);
-  for (int v = 0; v < width; ++v) block[v] = softmax_part(Type::load(logits[start + v]), row, scale);
+  // Whole vectors: a remainder would be computed element by element.
+  const int width = static_cast<int>(vocab - start), padded = (width + kLanes - 1) / kLanes * kLanes;
+  for (int v = 0; v < width; ++v) block[v] = Type::load(logits[start + v]);
+  for (int v = width; v < padded; ++v) block[v] = row.origin_hi;
+  for (int v = 0; v < padded; ++v) block[v] = softmax_part(block[v], row, scale);
   for (int v = 0; v < width; ++v) out[start + v] = Type::store(block[v]);
 }
 
@@ -38,6 +42,7 @@ bool backward_row(const float* grad, const typename Type::Storage* logits, doubl
                   typename Type::Storage* out) {
   double total = 0.0;
   int64_t n = 0;
+  std::memset(work.table, 0, sizeof *work.table * (work.mask + 1));
   for (int64_t k = 0; k < num_ids; ++k) {
     const int64_t id = ids[k];
     if (id < kElsewhere || id >= vocab) return false;
@@ -46,10 +51,16 @@ bool backward_row(const float* grad, const typename Type::Storage* logits, doubl
     // Below `first`, as kElsewhere always is, the difference wraps to a number beyond all columns.
     const uint64_t column = static_cast<uint64_t>(id - first);
     if (column >= static_cast<uint64_t>(columns)) continue;
-    work.logits[k] = Type::load(logits[column]);  // now, because out may be the logits
-    work.order[n++] = column << 32 | static_cast<uint64_t>(k);
+    uint64_t slot = column * 0x9E3779B97F4A7C15u >> 32 & work.mask;
+    while (work.table[slot] != 0 && work.columns[work.table[slot] - 1] != column) slot = (slot + 1) & work.mask;
+    if (work.table[slot] == 0) {
+      work.table[slot] = static_cast<uint32_t>(n + 1);
+      work.columns[n] = static_cast<uint32_t>(column);
+      work.parts[n] = Type::load(logits[column]);  // now, because out may be the logits
+      work.sums[n++] = 0.0;
+    }
+    work.sums[work.table[slot] - 1] += grad[k];
   }
-  sort_ascending(work.order, n);
 
   const double origin = lse / scale.inv_temperature;
   const float origin_hi = static_cast<float>(origin);
@@ -65,14 +76,9 @@ bool backward_row(const float* grad, const typename Type::Storage* logits, doubl
   } else {
     fill_row<Type>(logits, columns, row, scale, out);
   }
-  for (int64_t i = 0; i < n;) {
-    const uint64_t column = work.order[i] >> 32;
-    const float z = work.logits[work.order[i] & 0xffffffffu];
-    double sum = is_flat ? flat : softmax_part(z, row, scale);
-    for (; i < n && work.order[i] >> 32 == column; ++i) {
-      sum += static_cast<double>(grad[work.order[i] & 0xffffffffu]) * scale.inv_temperature;
-    }
-    out[column] = Type::store(static_cast<float>(sum));
+  for (int64_t i = 0; i < n; ++i) work.parts[i] = is_flat ? flat : softmax_part(work.parts[i], row, scale);
+  for (int64_t i = 0; i < n; ++i) {
+    out[work.columns[i]] = Type::store(static_cast<float>(work.parts[i] + work.sums[i] * scale.inv_temperature));
   }
   return true;
 }
