@@ -14,8 +14,7 @@
 namespace asyncopd {
 namespace {
 
-constexpr int kBlock = 512;  // columns
-constexpr int kLanes = 16;   // of a vector: one AVX-512 register, or four of SSE
+constexpr int kBlock = 64;  // columns: four AVX-512 registers
 // Work beside that of a logit that is read once: an exponential and a write a column, and what an id takes.
 constexpr int64_t kElementsPerColumn = 2, kElementsPerId = 16;
 
@@ -30,21 +29,15 @@ struct Problem {
   int64_t out_stride;
 };
 
-// What one thread works in, one row at a time: the columns that the row's ids name, each once.
+// What one thread works in, one row at a time: the entries whose columns are there, [num_ids] each.
 struct Workspace {
-  uint32_t* table;    // [mask + 1]: a hash table of the columns; 1 + the index of the column, or 0
-  uint64_t mask;      // a power of two, less 1
-  uint32_t* columns;  // [num_ids]
-  float* parts;       // [num_ids]: their logits, then what their softmax contributes
-  double* sums;       // [num_ids]: of their gradients
+  uint32_t* columns;
+  uint32_t* owners;  // the last entry of the same column
+  float* grad;
+  float* parts;      // the logit, then what its softmax contributes
+  double* sums;      // of the gradients of a column, at its owner
+  uint32_t* marks;   // [columns], or null where the results have room for the index of an entry
 };
-
-// At most a quarter of the table is in use, so that a search rarely meets another column.
-uint64_t table_size(int64_t num_ids) {
-  uint64_t size = 16;
-  while (size < 4 * static_cast<uint64_t>(num_ids)) size *= 2;
-  return size;
-}
 
 // Rows [begin, end); false when an id is out of range.
 using RowsFunction = bool (*)(const Problem&, const Workspace&, int64_t begin, int64_t end);
@@ -65,17 +58,19 @@ int asyncopd_cpu_gather_logprobs_backward(const float* grad, const void* logits,
   isa = resolve_isa(isa);
   if (isa < 0 || (id_type != kInt32 && id_type != kInt64)) return kBadArgument;
   const RowsFunction function = kSelect[isa](dtype, id_type);
-  // Columns and indices of entries are 32 bits wide in the workspace.
-  if (function == nullptr || vocab >= int64_t{1} << 32 || num_ids >= (int64_t{1} << 32) - 1) return kBadArgument;
+  // The workspace holds columns and entries as 32-bit numbers.
+  if (function == nullptr || vocab >= int64_t{1} << 32 || num_ids >= int64_t{1} << 32) return kBadArgument;
   const Problem problem{grad,  logits, lse,     ids,             row_stride, first, columns,
                         vocab, num_ids, inv_temperature, dlogits,    out_stride};
   std::atomic<bool> valid{true};
-  const uint64_t size = table_size(num_ids);
+  const bool narrow = dtype != kFloat32 && num_ids > int64_t{1} << 16;
   parallel_rows(rows, kElementsPerColumn * columns + kElementsPerId * num_ids, threads, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint32_t[]> indices(new uint32_t[size + num_ids]);
-    const std::unique_ptr<float[]> parts(new float[num_ids]);
+    const std::unique_ptr<uint32_t[]> indices(new uint32_t[2 * num_ids + 2]);  // an entry that is none may lie behind
+    const std::unique_ptr<float[]> values(new float[2 * num_ids + 2]);
     const std::unique_ptr<double[]> sums(new double[num_ids]);
-    const Workspace work{indices.get(), size - 1, indices.get() + size, parts.get(), sums.get()};
+    const std::unique_ptr<uint32_t[]> marks(narrow ? new uint32_t[columns] : nullptr);
+    const Workspace work{indices.get(), indices.get() + num_ids + 1, values.get(), values.get() + num_ids + 1,
+                         sums.get(),    marks.get()};
     if (!function(problem, work, begin, end)) valid.store(false, std::memory_order_relaxed);
   });
   return valid.load() ? kOk : kBadId;
