@@ -45,7 +45,7 @@ using RowsFunction = bool (*)(const Problem&, int64_t begin, int64_t end);
 
 struct Functions {
   RowsFunction rows;
-  void (*tile_rows)(const Tile&, int64_t begin, int64_t end);
+  bool (*tile_rows)(const Tile&, int64_t begin, int64_t end);
 };
 
 #define ASYNCOPD_KERNEL "gather.inl"
@@ -78,6 +78,9 @@ int asyncopd_cpu_gather_tile(const float* logits, int64_t row_stride, const int6
   if (isa < 0) return kBadArgument;
   const auto function = kSelect[isa](kFloat32, kInt64).tile_rows;
   const Tile tile{logits, ids, row_stride, first, columns, num_ids, inv_temperature, peaks, sums, logprobs, lse};
-  parallel_rows(rows, columns + kElementsPerId * num_ids, threads, [&](int64_t begin, int64_t end) { function(tile, begin, end); });
-  return kOk;
+  std::atomic<bool> valid{true};
+  parallel_rows(rows, columns + kElementsPerId * num_ids, threads, [&](int64_t begin, int64_t end) {
+    if (!function(tile, begin, end)) valid.store(false, std::memory_order_relaxed);
+  });
+  return valid.load() ? kOk : kBadId;
 }
