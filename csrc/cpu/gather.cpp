@@ -17,6 +17,7 @@ constexpr int kBlock = 2048;       // columns; 8 KiB of fp32 stay in L1 between 
 constexpr int kRun = 512;          // columns that are summed in fp32
 constexpr int kLanes = 16;         // independent partial sums: one AVX-512 register, or four of SSE
 constexpr int kStep = 4 * kLanes;  // columns at a time, and independent partial maxima
+constexpr int64_t kElementsPerId = 8;  // the work of an id, in logits that are read once
 
 struct Problem {
   const void* logits;
@@ -44,7 +45,7 @@ using RowsFunction = bool (*)(const Problem&, int64_t begin, int64_t end);
 
 struct Functions {
   RowsFunction rows;
-  void (*tile_rows)(const Tile&, int64_t begin, int64_t end);
+  bool (*tile_rows)(const Tile&, int64_t begin, int64_t end);
 };
 
 #define ASYNCOPD_KERNEL "gather.inl"
@@ -64,7 +65,7 @@ int asyncopd_cpu_gather_logprobs(const void* logits, int dtype, int64_t row_stri
   if (function == nullptr) return kBadArgument;
   const Problem problem{logits, ids, row_stride, vocab, num_ids, inv_temperature, logprobs, lse};
   std::atomic<bool> valid{true};
-  parallel_rows(rows, vocab, threads, [&](int64_t begin, int64_t end) {
+  parallel_rows(rows, vocab + kElementsPerId * num_ids, threads, [&](int64_t begin, int64_t end) {
     if (!function(problem, begin, end)) valid.store(false, std::memory_order_relaxed);
   });
   return valid.load() ? kOk : kBadId;
@@ -77,6 +78,9 @@ int asyncopd_cpu_gather_tile(const float* logits, int64_t row_stride, const int6
   if (isa < 0) return kBadArgument;
   const auto function = kSelect[isa](kFloat32, kInt64).tile_rows;
   const Tile tile{logits, ids, row_stride, first, columns, num_ids, inv_temperature, peaks, sums, logprobs, lse};
-  parallel_rows(rows, columns, threads, [&](int64_t begin, int64_t end) { function(tile, begin, end); });
-  return kOk;
+  std::atomic<bool> valid{true};
+  parallel_rows(rows, columns + kElementsPerId * num_ids, threads, [&](int64_t begin, int64_t end) {
+    if (!function(tile, begin, end)) valid.store(false, std::memory_order_relaxed);
+  });
+  return valid.load() ? kOk : kBadId;
 }

@@ -26,8 +26,8 @@ int asyncopd_cpu_gather_logprobs(const void* logits, int dtype, int64_t row_stri
 
 // The same from a row that comes a tile of columns at a time, [first, first + columns), ascending and without a gap.
 // Between tiles a row's state is peaks [rows], sums [rows] and logprobs [rows, num_ids], which holds the logits met so
-// far; with the last tile, the one whose `lse` is not null, logprobs and lse become what they are above. Every id has
-// been checked to lie in [-1, V).
+// far; with the last tile, the one whose `lse` is not null, logprobs and lse become what they are above, and kBadId is
+// returned if an id lies outside [-1, V).
 int asyncopd_cpu_gather_tile(const float* logits, int64_t row_stride, const int64_t* ids, int64_t rows, int64_t first,
                              int64_t columns, int64_t num_ids, double inv_temperature, float* peaks, double* sums,
                              float* logprobs, float* lse, int threads, int isa);

@@ -126,9 +126,11 @@ bool gather_rows(const Problem& problem, int64_t begin, int64_t end) {
   return valid;
 }
 
-// Rows [begin, end) of one tile of logits.
-inline void gather_tile_rows(const Tile& tile, int64_t begin, int64_t end) {
+// Rows [begin, end) of one tile of logits; false when the last tile's ids show one outside [-1, vocab).
+inline bool gather_tile_rows(const Tile& tile, int64_t begin, int64_t end) {
   const Scale scale = make_scale(tile.inv_temperature);
+  const int64_t vocab = tile.first + tile.columns;
+  int outside = 0;
   for (int64_t n = begin; n < end; ++n) {
     const float* row = tile.logits + n * tile.row_stride;
     float* logprobs = tile.logprobs + n * tile.num_ids;
@@ -146,9 +148,11 @@ inline void gather_tile_rows(const Tile& tile, int64_t begin, int64_t end) {
     const double lse = running.logsumexp(scale);
     tile.lse[n] = static_cast<float>(lse);
     for (int64_t k = 0; k < tile.num_ids; ++k) {
+      outside |= ids[k] < -1 || ids[k] >= vocab;
       logprobs[k] = ids[k] < 0 ? -std::numeric_limits<float>::infinity() : normalized(logprobs[k], lse, scale);
     }
   }
+  return outside == 0;
 }
 
 inline RowsFunction select_rows(int dtype, int id_type) {

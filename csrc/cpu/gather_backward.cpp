@@ -9,13 +9,14 @@
 
 #include "gather.h"
 #include "isa.h"
-#include "order.h"
 #include "parallel.h"
 
 namespace asyncopd {
 namespace {
 
-constexpr int kBlock = 512;  // columns
+constexpr int kBlock = 64;  // columns: four AVX-512 registers
+// Work beside that of a logit that is read once: an exponential and a write a column, and what an id takes.
+constexpr int64_t kElementsPerColumn = 2, kElementsPerId = 16;
 
 struct Problem {
   const float* grad;
@@ -28,10 +29,14 @@ struct Problem {
   int64_t out_stride;
 };
 
-// What one thread works in, one row at a time.
+// What one thread works in, one row at a time: the entries whose columns are there, [num_ids] each.
 struct Workspace {
-  uint64_t* order;  // [num_ids]: id and position, sorted
-  float* logits;    // [num_ids]: at the ids
+  uint32_t* columns;
+  uint32_t* owners;  // the last entry of the same column
+  float* grad;
+  float* parts;      // the logit, then what its softmax contributes
+  double* sums;      // of the gradients of a column, at its owner
+  uint32_t* marks;   // [columns], or null where the results have room for the index of an entry
 };
 
 // Rows [begin, end); false when an id is out of range.
@@ -53,15 +58,19 @@ int asyncopd_cpu_gather_logprobs_backward(const float* grad, const void* logits,
   isa = resolve_isa(isa);
   if (isa < 0 || (id_type != kInt32 && id_type != kInt64)) return kBadArgument;
   const RowsFunction function = kSelect[isa](dtype, id_type);
-  // An id and its position share a 64-bit key.
+  // The workspace holds columns and entries as 32-bit numbers.
   if (function == nullptr || vocab >= int64_t{1} << 32 || num_ids >= int64_t{1} << 32) return kBadArgument;
   const Problem problem{grad,  logits, lse,     ids,             row_stride, first, columns,
                         vocab, num_ids, inv_temperature, dlogits,    out_stride};
   std::atomic<bool> valid{true};
-  parallel_rows(rows, columns, threads, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint64_t[]> order(new uint64_t[num_ids]);
-    const std::unique_ptr<float[]> at_ids(new float[num_ids]);
-    const Workspace work{order.get(), at_ids.get()};
+  const bool narrow = dtype != kFloat32 && num_ids > int64_t{1} << 16;
+  parallel_rows(rows, kElementsPerColumn * columns + kElementsPerId * num_ids, threads, [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<uint32_t[]> indices(new uint32_t[2 * num_ids + 2]);  // an entry that is none may lie behind
+    const std::unique_ptr<float[]> values(new float[2 * num_ids + 2]);
+    const std::unique_ptr<double[]> sums(new double[num_ids]);
+    const std::unique_ptr<uint32_t[]> marks(narrow ? new uint32_t[columns] : nullptr);
+    const Workspace work{indices.get(), indices.get() + num_ids + 1, values.get(), values.get() + num_ids + 1,
+                         sums.get(),    marks.get()};
     if (!function(problem, work, begin, end)) valid.store(false, std::memory_order_relaxed);
   });
   return valid.load() ? kOk : kBadId;

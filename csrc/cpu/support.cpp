@@ -30,16 +30,24 @@ struct Problem {
   float* lse;
 };
 
+constexpr int64_t kElementsPerId = 64;  // the work of choosing an id, in logits that are read once
 constexpr int kCacheSlots = 16;
 constexpr int kCacheWidth = 64;  // columns of a group
+
+// What select_top works in: logits that may be among the k largest, in ascending order of their ids.
+struct Selection {
+  float* classes;   // top_threshold
+  int32_t* values;  // [top_capacity(k) + kSelectPad]: order_bits
+  uint32_t* ids;    // [top_capacity(k)]
+  uint64_t* keys;   // [k]
+};
 
 // What one thread works in, one row at a time. Uninitialised.
 struct Workspace {
   float* peaks;          // [groups]
   float* sums;           // [groups]
   double* cdf;           // [groups]
-  float* classes;        // top_threshold
-  uint64_t* keys;        // select_top
+  Selection selection;
   uint64_t* taken;       // [head]: ids of the head, ascending
   int64_t* touched;      // [head]: groups that hold some of them
   double* touched_sums;  // [head]
@@ -78,8 +86,10 @@ Workspace lay_out(const Problem& problem, Arena& arena) {
   work.peaks = arena.take<float>(groups);
   work.sums = arena.take<float>(groups);
   work.cdf = arena.take<double>(groups);
-  work.classes = arena.take<float>(4 * head + kCacheWidth);
-  work.keys = arena.take<uint64_t>(baseline::top_capacity(head));
+  work.selection.classes = arena.take<float>(4 * head + kCacheWidth);
+  work.selection.values = arena.take<int32_t>(baseline::top_capacity(head) + baseline::kSelectPad);
+  work.selection.ids = arena.take<uint32_t>(baseline::top_capacity(head));
+  work.selection.keys = arena.take<uint64_t>(head);
   work.taken = arena.take<uint64_t>(head);
   work.touched = arena.take<int64_t>(head);
   work.touched_sums = arena.take<double>(head);
@@ -99,7 +109,8 @@ int run(const Problem& problem, int dtype, int64_t rows, int threads, int isa) {
   Arena measure(nullptr);
   lay_out(problem, measure);
   std::atomic<bool> valid{true};
-  parallel_rows(rows, problem.vocab, threads, [&](int64_t begin, int64_t end) {
+  const int64_t row_elements = problem.vocab + kElementsPerId * (problem.head + problem.num_samples);
+  parallel_rows(rows, row_elements, threads, [&](int64_t begin, int64_t end) {
     const std::unique_ptr<char[]> memory(new char[measure.used() + 64]);
     const auto address = reinterpret_cast<uintptr_t>(memory.get());
     Arena arena(memory.get() + (64 - address % 64));

@@ -254,7 +254,7 @@ bool support_rows(const Problem& problem, const Workspace& work, int64_t begin, 
     const float peak = largest(work.peaks, groups);
     Irregular irregular;
     if (any_nan(work.sums, groups)) irregular = count_irregular<Type>(row, vocab, work.sums, groups);
-    select_top<Type>(row, vocab, work.peaks, groups, head, irregular.nan, work.classes, work.keys, ids);
+    select_top<Type>(row, vocab, work.peaks, groups, head, irregular.nan, work.selection, ids);
     double lse;
     if (problem.num_samples > 0) {
       lse = sample_row<Type>(problem, work, row, n, groups, peak, irregular, scale, ids, ids + head,

@@ -9,11 +9,19 @@
 // pass, and a rising one no more than linear time.
 
 #include "summary.inl"
+#include "select.inl"
 
-// A value that at least k logits reach, if the row holds k that are not NaN. classes: 4 k + kGroup floats.
+// A value that at least k of n values reach, none of which is NaN. bits: room for them and kSelectPad.
+ASYNCOPD_INLINE float bound_of_largest(const float* values, int64_t n, int64_t k, int32_t* bits) {
+  for (int64_t i = 0; i < n; ++i) bits[i] = order_bits(values[i]);
+  return value_of_bits(split_largest(bits, n, k));
+}
+
+// A value that at least k logits reach, if the row holds k that are not NaN. classes: 4 k + kGroup floats. bits: as many
+// and kSelectPad.
 template <typename Type>
 float top_threshold(const typename Type::Storage* row, int64_t vocab, const float* peaks, int64_t groups, int64_t k,
-                    float* classes) {
+                    float* classes, int32_t* bits) {
   if (groups >= 2 * k) {
     // Group g is in class g modulo their number.
     const int64_t n = groups < 4 * k ? groups : 4 * k;
@@ -24,7 +32,7 @@ float top_threshold(const typename Type::Storage* row, int64_t vocab, const floa
         classes[c] = peaks[start + c] > classes[c] ? peaks[start + c] : classes[c];
       }
     }
-    return kth_largest(classes, n, k);
+    return bound_of_largest(classes, n, k, bits);
   }
   // Short rows: column v is in class v modulo their number.
   const int64_t n = (2 * k + kGroup - 1) / kGroup * kGroup;
@@ -38,7 +46,7 @@ float top_threshold(const typename Type::Storage* row, int64_t vocab, const floa
     for (int l = 0; l < kGroup; ++l) lanes[l] = z[l] > lanes[l] ? z[l] : lanes[l];
     lanes = lanes + kGroup == classes + n ? classes : lanes + kGroup;
   }
-  return kth_largest(classes, n, k);
+  return bound_of_largest(classes, n, k, bits);
 }
 
 ASYNCOPD_INLINE int64_t top_capacity(int64_t k) { return 4 * k + 1024 + kGroup; }
@@ -61,11 +69,11 @@ ASYNCOPD_INLINE int find_hits(const float* z, uint8_t* hits, Test is_hit) {
   return found;
 }
 
-// Ids of the k <= vocab largest logits: NaN first, then value descending, id ascending among equals. keys: room for
-// top_capacity(k). nan_count: how many logits are NaN.
+// Ids of the k <= vocab largest logits: NaN first, then value descending, id ascending among equals. nan_count: how many
+// logits are NaN.
 template <typename Type>
 void select_top(const typename Type::Storage* row, int64_t vocab, const float* peaks, int64_t groups, int64_t k,
-                int64_t nan_count, float* classes, uint64_t* keys, int64_t* ids) {
+                int64_t nan_count, const Selection& work, int64_t* ids) {
   if (nan_count > 0) {
     for (int64_t v = 0; v < vocab && k > 0 && nan_count > 0; ++v) {
       if (!std::isnan(Type::load(row[v]))) continue;
@@ -76,7 +84,7 @@ void select_top(const typename Type::Storage* row, int64_t vocab, const float* p
   }
   if (k == 0) return;
   const int64_t capacity = top_capacity(k);
-  float bound = top_threshold<Type>(row, vocab, peaks, groups, k, classes);
+  float bound = top_threshold<Type>(row, vocab, peaks, groups, k, work.classes, work.values);
   bool strict = false;
   int64_t n = 0;
   alignas(64) float buffer[kGroup];
@@ -93,19 +101,19 @@ void select_top(const typename Type::Storage* row, int64_t vocab, const float* p
       const float* z = load_block<Type>(row + start, width, kNan, buffer);
       const int found = strict ? find_hits(z, hits, [=](float value) { return value > bound; })
                                : find_hits(z, hits, [=](float value) { return value >= bound; });
-      for (int i = 0; i < found; ++i) keys[n++] = order_key(z[hits[i]], start + hits[i]);
+      for (int i = 0; i < found; ++i) {
+        work.values[n + i] = order_bits(z[hits[i]]);
+        work.ids[n + i] = static_cast<uint32_t>(start + hits[i]);
+      }
+      n += found;
       if (n > capacity - kGroup) {
-        keep_largest(keys, n, k);
+        // What those that stay reach is now to be beaten.
+        bound = value_of_bits(keep_largest(work.values, work.ids, n, k));
         n = k;
-        // The worst of those kept, whose value is now the one to beat.
-        uint64_t worst = keys[0];
-        for (int64_t i = 1; i < k; ++i) worst = keys[i] < worst ? keys[i] : worst;
-        bound = Type::load(row[id_of_key(worst)]);
         strict = true;
       }
     }
   }
-  keep_largest(keys, n, k);
-  sort_descending(keys, k);
-  for (int64_t i = 0; i < k; ++i) ids[i] = id_of_key(keys[i]);
+  keep_largest(work.values, work.ids, n, k);
+  write_by_value(work.values, work.ids, k, work.keys, ids);
 }

@@ -1,11 +1,12 @@
 """Ops on the logits of a head, on top of the walk over its vocabulary (walk.py). Their meaning is the reference's."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from asyncopd.backends.cpu.logits import topk_logprobs
-from asyncopd.backends.cpu.memory import empty_gradient
-from asyncopd.backends.cpu.walk import Gradients, Tiles, Walk
+from asyncopd.backends.cpu.walk import Gradients, Tiles, Walk, fits_one_tile
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.linear import rows_with_gradient
 from asyncopd.backends.reference.rows import check_ids_in_range, normalized
@@ -17,12 +18,11 @@ TOPK_ROWS, TOPK_TILE_ELEMENTS = 512, 1 << 22
 def linear_gather_logprobs(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     """hidden [N, H], ids [N, K] -> fp32 log p [N, K], LSE [N]; masked rows get -inf and 0."""
     vocab = head.weight.shape[0]
-    check_ids_in_range(ids, vocab)
-    valid = slice(None) if mask is None else mask
-    walk = Walk(hidden[valid], ids[valid], head)
-    logprobs, lse = walk.forward(Tiles.one(walk.hidden.shape[0], vocab))
     if mask is None:
-        return logprobs, lse
+        return Walk(hidden, ids, head).forward(Tiles.one(hidden.shape[0], vocab))
+    check_ids_in_range(ids, vocab)  # the walk sees those of valid rows only
+    walk = Walk(hidden[mask], ids[mask], head)
+    logprobs, lse = walk.forward(Tiles.one(walk.hidden.shape[0], vocab))
     return _spread(logprobs, mask, -torch.inf), _spread(lse, mask, 0.0)
 
 
@@ -54,21 +54,22 @@ def linear_gather_logprobs_backward(
     """
     used = rows_with_gradient(grad, ids, mask)
     walk = Walk(hidden[used], ids[used], head)
-    gradients = Gradients(
-        torch.zeros_like(walk.hidden),
-        empty_gradient(head.weight) if need_weight else None,
-        None if head.bias is None else torch.zeros(head.bias.shape, dtype=torch.float32),
-    )
+    gradients = Gradients.empty(walk.hidden, head, need_hidden=True, need_weight=need_weight)
     walk.backward(grad[used], lse[used], gradients)
     return finished(gradients, used, hidden, head)
 
 
-def finished(gradients: Gradients, used: Tensor, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
-    """What the op returns, in the dtypes of what it belongs to; `used` [N]: the rows that were walked."""
+def finished(gradients: Gradients, used: Tensor | None, hidden: Tensor, head: Head) -> tuple[Tensor, Tensor, Tensor]:
+    """What the op returns, in the dtypes of what it belongs to; `used` [N]: the rows that were walked, None: all."""
     weight, bias = head.weight, head.bias
     dhidden, dweight, dbias = gradients.hidden, gradients.weight, gradients.bias
+    if dhidden is None:
+        dhidden = hidden.new_empty(0, hidden.shape[1])
+    else:
+        dhidden = dhidden.to(hidden.dtype)
+        dhidden = dhidden if used is None else _spread(dhidden, used, 0.0)
     return (
-        hidden.new_empty(0, hidden.shape[1]) if dhidden is None else _spread(dhidden.to(hidden.dtype), used, 0.0),
+        dhidden,
         weight.new_empty(0, weight.shape[1]) if dweight is None else dweight,
         weight.new_empty(0) if bias is None or dbias is None else dbias.to(bias.dtype),
     )
@@ -76,6 +77,8 @@ def finished(gradients: Gradients, used: Tensor, hidden: Tensor, head: Head) -> 
 
 def linear_topk_logprobs(hidden: Tensor, head: Head, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """As `topk_logprobs` on the head's logits, which exist a tile at a time."""
+    if fits_one_tile(hidden.shape[0], head.weight.shape[0]):
+        return topk_logprobs(replace(head, temperature=1.0).logits(hidden), k, head.temperature)
     ids = torch.empty(hidden.shape[0], k, dtype=torch.int64)
     logprobs, lse = torch.empty(ids.shape, dtype=torch.float32), torch.empty(hidden.shape[0], dtype=torch.float32)
     for start in range(0, hidden.shape[0], TOPK_ROWS):

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from asyncopd.backends.cpu.memory import empty_gradient
 from asyncopd.backends.native import _C, raise_for_status
 from asyncopd.backends.reference.head import Head
 
@@ -25,19 +26,33 @@ MIN_COLUMNS, MAX_COLUMNS = 512, 8192
 
 
 def column_blocks(num_rows: int, vocab: int, tile_elements: int | None = None) -> Iterator[slice]:
-    """The head's columns in blocks whose tile of `num_rows` rows has about TILE_ELEMENTS, or as many as given."""
-    width = min(MAX_COLUMNS, max(MIN_COLUMNS, (tile_elements or TILE_ELEMENTS) // max(1, num_rows) // 64 * 64))
+    """The head's columns in blocks whose tile of `num_rows` rows has about TILE_ELEMENTS, or as many as given.
+
+    All but the last are of one width, a multiple of 64, and the last is not much narrower.
+    """
+    most = min(MAX_COLUMNS, max(MIN_COLUMNS, (tile_elements or TILE_ELEMENTS) // max(1, num_rows) // 64 * 64))
+    blocks = -(-vocab // most)
+    width = -(-vocab // (64 * max(1, blocks))) * 64
     for start in range(0, vocab, width):
         yield slice(start, min(start + width, vocab))
 
 
+def fits_one_tile(num_rows: int, vocab: int) -> bool:
+    """Whether all logits are no larger than a tile is anyway, so that there is nothing to gain from a walk."""
+    return vocab <= MAX_COLUMNS and num_rows * vocab <= TILE_ELEMENTS
+
+
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Where the tile [rows, width] of each block lies: fp32 memory, `pitch` elements of it for every column before."""
+    """Where the tile [rows, width] of each block lies: fp32 memory, `pitch` elements of it for every column before.
+
+    lent: the memory is that of dW, so that a block's gradient cannot be computed where its logits are.
+    """
 
     memory: Tensor
     rows: int
     pitch: int
+    lent: bool = False
 
     @classmethod
     def one(cls, rows: int, vocab: int, tile_elements: int | None = None) -> "Tiles":
@@ -56,7 +71,7 @@ class Tiles:
         width = dweight.shape[1] * dweight.itemsize // 4
         if rows > width or dweight.shape[1] * dweight.itemsize % 4:
             return None
-        return cls(dweight.view(torch.float32).view(-1), rows, width)
+        return cls(dweight.view(torch.float32).view(-1), rows, width, lent=True)
 
     def __getitem__(self, cols: slice) -> Tensor:
         width = cols.stop - cols.start
@@ -66,11 +81,23 @@ class Tiles:
 
 @dataclass(slots=True)
 class Gradients:
-    """dH [rows, H] and db [V], in fp32 and 0 at first; dW [V, H] in the head's dtype. None where nobody wants it."""
+    """dH [rows, H] and db [V] in fp32, dW [V, H] in the head's dtype. None where nobody wants it."""
 
     hidden: Tensor | None
     weight: Tensor | None
     bias: Tensor | None
+
+    @classmethod
+    def empty(cls, hidden: Tensor, head: Head, *, need_hidden: bool, need_weight: bool) -> "Gradients":
+        """Uninitialised: a walk writes all of it, with its first block or with a block's first group of rows."""
+        weight, bias = head.weight, head.bias
+        return cls(
+            (torch.empty if weight.shape[0] else torch.zeros)(hidden.shape, dtype=torch.float32)
+            if need_hidden
+            else None,
+            empty_gradient(weight) if need_weight else None,
+            None if bias is None else torch.empty(bias.shape, dtype=torch.float32),
+        )
 
     def of(self, rows: slice) -> "Gradients":
         """The same for some of the rows."""
@@ -79,11 +106,14 @@ class Gradients:
     def add(self, cols: slice, dy: Tensor, weight: Tensor, hidden: Tensor, *, first: bool) -> None:
         """One block: dy [rows, B], the head's fp32 rows [B, H] and hidden [rows, H]. first: dW holds nothing yet."""
         if self.hidden is not None:
-            self.hidden.addmm_(dy, weight)
+            _product_into(self.hidden, dy, weight, cols.start == 0)
         if self.weight is not None:
             _product_into(self.weight[cols], dy.t(), hidden, first)
         if self.bias is not None:
-            self.bias[cols] += dy.sum(dim=0)
+            if first:
+                torch.sum(dy, dim=0, out=self.bias[cols])
+            else:
+                self.bias[cols] += dy.sum(dim=0)
 
 
 def _product_into(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -111,7 +141,10 @@ class Walk:
             yield cols, replace(head, weight=weight, bias=bias, temperature=1.0)
 
     def forward(self, tiles: Tiles, visit: Callable[[slice, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
-        """log p [N, K] and LSE [N]. Each block's logits are shown to `visit` and stay in their tile."""
+        """log p [N, K] and LSE [N]. Each block's logits are shown to `visit` and stay in their tile.
+
+        Raises ValueError for ids outside of [-1, V).
+        """
         (rows, num_ids), vocab = self.ids.shape, self.head.weight.shape[0]
         logprobs, lse = torch.empty(rows, num_ids, dtype=torch.float32), torch.empty(rows, dtype=torch.float32)
         peaks, sums = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.float64)
@@ -140,12 +173,16 @@ class Walk:
     def backward(
         self, grad: Tensor, lse: Tensor, gradients: Gradients, stored: Tiles | None = None, *, first: bool = True
     ) -> None:
-        """Gradients of sum(grad * log p), grad [N, K]; from the logits that `forward` stored, or computed again."""
+        """Gradients of sum(grad * log p), grad [N, K]; from the logits that `forward` stored, or computed again.
+
+        first: dW and db hold nothing yet. What is stored may be overwritten.
+        """
         rows, vocab = self.hidden.shape[0], self.head.weight.shape[0]
         grad, lse = grad.to(torch.float32).contiguous(), lse.contiguous()
-        out = Tiles.one(rows, vocab)
         # Over the logits, unless they lie where dW will, or the softcap needs them again.
-        again = Tiles.one(rows, vocab) if self.head.softcap is not None else out
+        softcap = self.head.softcap is not None
+        out = Tiles.one(rows, vocab) if stored is None or stored.lent or softcap else stored
+        again = Tiles.one(rows, vocab) if stored is None and softcap else out
         for cols, head in self._blocks():
             z = stored[cols] if stored is not None else head.logits(self.hidden, out=again[cols])
             dz = out[cols]
@@ -168,4 +205,6 @@ class Walk:
                 threads=torch.get_num_threads(),
             )
             raise_for_status(status, "cpu_gather_logprobs_backward", vocab)
-            gradients.add(cols, head.epilogue_gradient(dz, z), head.weight, self.hidden, first=first)
+            if softcap or head.logit_scale != 1.0:
+                dz = head.epilogue_gradient(dz, z)
+            gradients.add(cols, dz, head.weight, self.hidden, first=first)
