@@ -199,6 +199,15 @@ def backward_kernel(
 
 
 @triton.jit
+def value_at_ids(gradient, logprob, total, y, logit_scale, softcap, t, HAS_CAP: tl.constexpr):
+    """The whole of dx at an id: `gradient` of all the row's entries that name it, `total` of all its entries."""
+    softmax = tl.where(logprob == -INF, 0.0, tl.exp2(logprob * LOG2E) * total)
+    softmax = tl.where(total == 0.0, 0.0, softmax)
+    value = (gradient - softmax) * t
+    return tl.where(value == 0.0, 0.0, value * slope_of(y, logit_scale, softcap, HAS_CAP))
+
+
+@triton.jit
 def values_kernel(
     grad,  # [rows, K] fp32
     ids,  # [rows, K]
@@ -222,12 +231,9 @@ def values_kernel(
     gradient = sum_over_equal_ids(row_ids, row_grad, token, k, IDS, RIVALS)
     total = tl.load(totals + row)
     logprob = tl.load(row_start(logprobs, row, k) + at, mask=at < k, other=-INF)
-    softmax = tl.where(logprob == -INF, 0.0, tl.exp2(logprob * LOG2E) * total)
-    softmax = tl.where(total == 0.0, 0.0, softmax)
     y = tl.load(row_start(at_ids, row, k) + at, mask=(at < k) & (token >= 0), other=0.0)
-    slope = slope_of(y, logit_scale, softcap, HAS_CAP)
-    value = (gradient - softmax) * t
-    tl.store(row_start(values, row, k) + at, tl.where(value == 0.0, 0.0, value * slope), mask=at < k)
+    value = value_at_ids(gradient, logprob, total, y, logit_scale, softcap, t, HAS_CAP)
+    tl.store(row_start(values, row, k) + at, value, mask=at < k)
 
 
 @triton.jit

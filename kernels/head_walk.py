@@ -68,15 +68,18 @@ class Block:
 
 
 class Blocks:
-    """The vocabulary in as few blocks as TILE_ELEMENTS allows, of equal widths but for one MULTIPLE."""
+    """The vocabulary in as few blocks as TILE_ELEMENTS allows, of equal widths but for one MULTIPLE.
 
-    def __init__(self, rows: int, vocab: int, dtype: torch.dtype) -> None:
+    A tile of a row is what one program sums up; with `whole` that is all of a block.
+    """
+
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, *, whole: bool = False) -> None:
         elements = TILE_ELEMENTS * 2 // dtype.itemsize
         widest = max(MULTIPLE, elements // max(1, rows) // MULTIPLE * MULTIPLE)
         number, units = triton.cdiv(vocab, widest), triton.cdiv(vocab, MULTIPLE)
         bounds = [min(vocab, i * units // number * MULTIPLE) for i in range(number + 1)]
         self.widest = max(stop - start for start, stop in pairwise(bounds))
-        self.tile = tile_columns(self.widest)
+        self.tile = triton.next_power_of_2(self.widest) if whole else tile_columns(self.widest)
         self.tiles, self.blocks = 0, []
         for start, stop in pairwise(bounds):
             block = Block(slice(start, stop), self.tiles, triton.cdiv(stop - start, self.tile))
@@ -176,12 +179,12 @@ def room_for(rows: int, dweight: Tensor | None, head: Head, blocks: Blocks) -> K
 class Walk:
     """The rows, those that count first, and the head that they meet."""
 
-    def __init__(self, hidden: Tensor, ids: Tensor, head: Head, count: Tensor | None) -> None:
+    def __init__(self, hidden: Tensor, ids: Tensor, head: Head, count: Tensor | None, *, whole: bool = False) -> None:
         self.hidden, self.ids, self.count = hidden.contiguous(), ids.contiguous(), count
         weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
         self.head = replace(head, weight=weight, bias=None if head.bias is None else head.bias.contiguous())
         rows, self.vocab = hidden.shape[0], head.weight.shape[0]
-        self.blocks = Blocks(rows, self.vocab, weight.dtype)
+        self.blocks = Blocks(rows, self.vocab, weight.dtype, whole=whole)
         self.scale = Scale.of(head.temperature)
         self.at_ids = self._empty(*ids.shape)
         tiles = self.blocks.tiles
