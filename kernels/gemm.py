@@ -2,9 +2,9 @@
 
     out[M, N] (=|+=) a[M, K] b[K, N]            2 M N K FLOPs; (M K + K N) itemsize and M N out bytes at least
 
-Without a count it is cuBLAS, wherever that sums in fp32: an fp32 `out`, and no TF32 or fp16 sums switched on in
-torch. Otherwise it is the kernel here, which reads the count itself: programs past the last row end at once, so rows
-that are not there cost nothing and nobody waits for the device to say how many there are.
+Without a count it is cuBLAS, wherever that sums in fp32: no TF32 or fp16 sums switched on in torch, and for a 16-bit
+`out` with that asked for (cublas.py). Otherwise it is the kernel here, which reads the count itself: programs past the
+last row end at once, so rows that are not there cost nothing and nobody waits for the device to say how many there are.
 
 Limit: the tensor cores (16-bit operands; fp32 ones are multiplied in fp32, outside of them), or the L2. A tile of
 BM x BN is BM BN / (BM + BN) FLOPs per byte of 16-bit operands, 85 for 128 x 256, so 989 TFLOPS (H100) would take
@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
+from asyncopd.kernels.cublas import mm_rounded_once, rounds_once
 from asyncopd.kernels.launch import DEVICE_TYPE, DTYPES, INTERPRET, on_device
 from asyncopd.kernels.numeric import to_storage
 from asyncopd.kernels.tuning import choose
@@ -246,6 +247,8 @@ def product(
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
         else:
             torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif count is None and not accumulate and rounds_once(out):
+        mm_rounded_once(a, b, out)
     else:
         _launch(a, b, out, count, ALL if count is None else ROWS if counted == "rows" else DEPTH, accumulate)
 

@@ -6,7 +6,8 @@ from torch import Tensor
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.linear import rows_with_gradient
 from asyncopd.backends.reference.rows import PAD, check_ids_in_range, normalized
-from asyncopd.kernels.head_walk import Gradients, Rows, Walk
+from asyncopd.kernels.head_gradients import Gradients
+from asyncopd.kernels.head_walk import Rows, Walk
 from asyncopd.kernels.sparse_head import linear_gather_logits
 
 
@@ -14,7 +15,7 @@ def linear_gather_logprobs(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor
     """hidden [N, H], ids [N, K] -> fp32 log p [N, K], LSE [N]; masked rows get -inf and 0."""
     check_ids_in_range(ids, head.weight.shape[0])
     rows = Rows.of(mask)
-    logprobs, lse = Walk(rows.take(hidden), rows.take_ids(ids), head, rows.count).forward([])
+    logprobs, lse = Walk(rows.take(hidden), rows.take_ids(ids), head, rows.count).forward()
     return rows.put(logprobs, -torch.inf), rows.put(lse, 0.0)
 
 
@@ -46,7 +47,7 @@ def linear_gather_logprobs_backward(
     scores = linear_gather_logits(hidden_used, head, ids_used.clamp(min=PAD), None)
     lse = rows.take(lse)
     walk.at_ids = scores * head.temperature
-    walk.backward(rows.take(grad.float()), normalized(scores, lse, ids_used), lse, [], gradients)
+    walk.backward(rows.take(grad.float()), normalized(scores, lse, ids_used), lse, gradients)
     return finished(gradients, rows, hidden, head)
 
 

@@ -11,7 +11,13 @@ Limit: one read of the tile forward (and a write of e at 2 bytes), one read and 
 are narrow enough that a part of a tile is still in L2; nothing here depends on rows other than its own.
 
 e is kept in fp16 beside a 16-bit head (fp32 beside an fp32 one): measured from its own tile's peak it lies in [0, 1],
-so it is off by at most 2^-12 of itself, or 2^-25 of the peak; dx is rounded to the head's dtype anyway.
+so it is off by at most 2^-12 of itself, or 2^-25 of the peak; dx is rounded to the head's dtype anyway. e of the first
+rows lies in dW's memory, of the next ones beside it, of the others nowhere; a program looks up which of them its row
+is, so that one launch serves all rows of a block.
+
+Rows of a block's tensors (x, dx, e) lie `stride` elements apart: the block's width, rounded up to a multiple of 16. All
+of that is loaded and stored, so that a vocabulary of any size has wide accesses; columns beyond the width hold anything
+in x and dx, and nobody reads them.
 """
 
 from typing import Any
@@ -48,21 +54,34 @@ def is_row(row, count, HAS_COUNT: tl.constexpr):
 
 
 @triton.jit
+def kept_row(inside, beside, row, inside_rows, kept_rows, width, first, stride):
+    """Where e of a row begins in this block: in the rows of dW that the block will fill, or beside dW."""
+    to = row_start(inside, first, width) + row.to(tl.int64) * stride
+    if row >= inside_rows:
+        to = row_start(beside, first, kept_rows - inside_rows) + (row - inside_rows).to(tl.int64) * stride
+    return to
+
+
+@triton.jit
 def forward_kernel(
-    x,  # [rows, x_stride] fp32, the products of this block
+    x,  # [rows, stride] fp32, the products of this block
     bias,  # [V], any float dtype
     ids,  # [rows, K] int32 or int64
     count,  # () rows that there are
     at_ids,  # [rows, K] fp32: y, written where the id lies in this block
     tile_peaks,  # [rows, tiles] fp32
     tile_sums,  # [rows, tiles] fp32
-    kept,  # [rows - first_row, columns]: e of the rows from first_row on
-    x_stride,
-    first_row,
-    first,  # column of the block's first, a multiple of TILE
+    inside,  # dW's memory: e of the rows before inside_rows
+    beside,  # e of the rows from inside_rows to kept_rows - 1
+    stride,
+    first,  # column of the block's first
     columns,  # of the block
+    first_tile,  # of the block
     block_tiles,  # ceil(columns / TILE)
     tiles,  # of a row in all
+    width,  # H: elements of dW to a column
+    inside_rows,
+    kept_rows,
     k,
     logit_scale,
     softcap,
@@ -74,17 +93,17 @@ def forward_kernel(
     TILE: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    kept_row, tile = tl.program_id(0) // block_tiles, tl.program_id(0) % block_tiles
-    row = first_row + kept_row
+    row, tile = tl.program_id(0) // block_tiles, tl.program_id(0) % block_tiles
     if is_row(row, count, HAS_COUNT):
-        base = row_start(x, row, x_stride)
+        base = row_start(x, row, stride)
         column = tile * TILE + tl.arange(0, TILE)
-        inside = column < columns
-        y = tl.load(base + column, mask=inside, other=0.0)
+        there = column < stride
+        y = tl.load(base + column, mask=there, other=0.0)
         b = 0.0
         if HAS_BIAS:
-            b = tl.load(bias + first + column, mask=inside, other=0.0).to(tl.float32)
-        y = tl.where(inside, head_logit(y, b, logit_scale, softcap, 1.0 / softcap, HAS_BIAS, HAS_CAP), -INF)
+            b = tl.load(bias + first + column, mask=column < columns, other=0.0).to(tl.float32)
+        y = head_logit(y, b, logit_scale, softcap, 1.0 / softcap, HAS_BIAS, HAS_CAP)
+        y = tl.where(column < columns, y, -INF)
         peak, total = group_summary(y[None, :], scale)
         peak, total = tl.max(peak, axis=0), tl.max(total, axis=0)
         if total != total:
@@ -93,13 +112,15 @@ def forward_kernel(
                 tl.max(peaks, axis=0),
                 tl.where(tl.max((totals != totals).to(tl.int32), axis=0) > 0, float("nan"), 1.0),
             )
-        at = row.to(tl.int64) * tiles + first // TILE + tile
+        at = row.to(tl.int64) * tiles + first_tile + tile
         tl.store(tile_peaks + at, peak)
         tl.store(tile_sums + at, total)
         if KEEP:
             origin = tl.where(tl.abs(peak) == INF, 0.0, peak)
-            e = tl.exp2((y - origin) * scale)
-            tl.store(row_start(kept, kept_row, columns) + column, e.to(kept.dtype.element_ty), mask=inside)
+            if row < kept_rows:
+                e = tl.exp2((y - origin) * scale).to(inside.dtype.element_ty)
+                to = kept_row(inside, beside, row, inside_rows, kept_rows, width, first, stride)
+                tl.store(to + column, e, mask=there)
         for start in range(0, k, IDS):
             which = start + tl.arange(0, IDS)
             token = tl.load(row_start(ids, row, k) + which, mask=which < k, other=-1)
@@ -115,59 +136,80 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    x,  # [rows - first_row, x_stride] of the rows from first_row on: products in fp32, or e where FROM_KEPT
+    x,  # [rows - kept_rows, stride] fp32: the products of the rows from kept_rows on
     bias,  # [V]
     count,  # ()
     tile_peaks,  # [rows, tiles] fp32: what e is measured from
     lse,  # [rows] fp32
     totals,  # [rows] fp32: sum of the row's gradients
-    dx,  # [rows, dx_stride], the head's dtype
-    x_stride,
-    dx_stride,
-    first_row,
+    inside,  # as in the forward
+    beside,
+    dx,  # [rows, stride], the head's dtype
+    stride,
     first,
     columns,
+    first_tile,
     block_tiles,
     tiles,
+    width,
+    inside_rows,
+    kept_rows,
     logit_scale,
     softcap,
     t,  # 1 / T
     HAS_BIAS: tl.constexpr,
     HAS_CAP: tl.constexpr,
     HAS_COUNT: tl.constexpr,
-    FROM_KEPT: tl.constexpr,
+    KEPT: tl.constexpr,  # some rows were kept
+    AGAIN: tl.constexpr,  # some were not, and were multiplied again
     TILE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    x_row, tile = tl.program_id(0) // block_tiles, tl.program_id(0) % block_tiles
-    row = first_row + x_row
+    row, tile = tl.program_id(0) // block_tiles, tl.program_id(0) % block_tiles
     column = tile * TILE + tl.arange(0, TILE)
-    inside = column < columns
-    to = row_start(dx, row, dx_stride) + column
+    there = column < stride
+    to = row_start(dx, row, stride) + column
     if is_row(row, count, HAS_COUNT):
-        value = tl.load(row_start(x, x_row, x_stride) + column, mask=inside, other=0.0).to(tl.float32)
         row_lse, total = tl.load(lse + row), tl.load(totals + row)
-        if FROM_KEPT:
-            peak = tl.load(tile_peaks + row.to(tl.int64) * tiles + first // TILE + tile)
-            origin = tl.where(tl.abs(peak) == INF, 0.0, peak)
-            share = tl.exp2(tl.fma(origin, t, -row_lse) * LOG2E) * (-total * t)
-            # Where there is no mass there is nothing of an infinite share either, but a NaN row is NaN everywhere.
-            value = tl.where(value == 0.0, tl.where(row_lse == row_lse, 0.0, float("nan")), value * share) * logit_scale
-            # A row without mass or gradient never multiplies its e, which may be NaN.
-            value = tl.where((total == 0.0) | (row_lse == -INF), 0.0, value)
-        else:
-            b = 0.0
-            if HAS_BIAS:
-                b = tl.load(bias + first + column, mask=inside, other=0.0).to(tl.float32)
-            y = head_logit(value, b, logit_scale, softcap, 1.0 / softcap, HAS_BIAS, HAS_CAP)
-            slope = slope_of(y, logit_scale, softcap, HAS_CAP)
-            # Where the softmax has no mass there is no gradient, though the slope of an infinite y be NaN.
-            value = softmax_term(y, row_lse, total, t)
-            value = tl.where(value == 0.0, 0.0, value * slope)
-        tl.store(to, to_storage(value, dx.dtype.element_ty, INTERPRET), mask=inside)
+        if KEPT:
+            e = kept_row(inside, beside, row, inside_rows, kept_rows, width, first, stride)
+            if row < kept_rows:
+                value = tl.load(e + column, mask=there, other=0.0).to(tl.float32)
+                peak = tl.load(tile_peaks + row.to(tl.int64) * tiles + first_tile + tile)
+                origin = tl.where(tl.abs(peak) == INF, 0.0, peak)
+                share = tl.exp2(tl.fma(origin, t, -row_lse) * LOG2E) * (-total * t)
+                # Where there is no mass there is nothing of an infinite share either, but a NaN row is NaN everywhere.
+                value = (
+                    tl.where(value == 0.0, tl.where(row_lse == row_lse, 0.0, float("nan")), value * share) * logit_scale
+                )
+                # A row without mass or gradient never multiplies its e, which may be NaN.
+                value = tl.where((total == 0.0) | (row_lse == -INF), 0.0, value)
+                tl.store(to, to_storage(value, dx.dtype.element_ty, INTERPRET), mask=there)
+        if AGAIN:
+            base = row_start(x, row - kept_rows, stride)
+            if row >= kept_rows:
+                value = tl.load(base + column, mask=there, other=0.0)
+                b = 0.0
+                if HAS_BIAS:
+                    b = tl.load(bias + first + column, mask=column < columns, other=0.0).to(tl.float32)
+                y = head_logit(value, b, logit_scale, softcap, 1.0 / softcap, HAS_BIAS, HAS_CAP)
+                slope = slope_of(y, logit_scale, softcap, HAS_CAP)
+                # Where the softmax has no mass there is no gradient, though the slope of an infinite y be NaN.
+                value = softmax_term(y, row_lse, total, t)
+                value = tl.where(value == 0.0, 0.0, value * slope)
+                tl.store(to, to_storage(value, dx.dtype.element_ty, INTERPRET), mask=there)
     elif HAS_BIAS:
         # Nobody reads these rows but the sum for the bias.
-        tl.store(to, tl.zeros([TILE], dx.dtype.element_ty), mask=inside)
+        tl.store(to, tl.zeros([TILE], dx.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def value_at_ids(gradient, logprob, total, y, logit_scale, softcap, t, HAS_CAP: tl.constexpr):
+    """The whole of dx at an id: `gradient` of all the row's entries that name it, `total` of all its entries."""
+    softmax = tl.where(logprob == -INF, 0.0, tl.exp2(logprob * LOG2E) * total)
+    softmax = tl.where(total == 0.0, 0.0, softmax)
+    value = (gradient - softmax) * t
+    return tl.where(value == 0.0, 0.0, value * slope_of(y, logit_scale, softcap, HAS_CAP))
 
 
 @triton.jit
@@ -194,12 +236,9 @@ def values_kernel(
     gradient = sum_over_equal_ids(row_ids, row_grad, token, k, IDS, RIVALS)
     total = tl.load(totals + row)
     logprob = tl.load(row_start(logprobs, row, k) + at, mask=at < k, other=-INF)
-    softmax = tl.where(logprob == -INF, 0.0, tl.exp2(logprob * LOG2E) * total)
-    softmax = tl.where(total == 0.0, 0.0, softmax)
     y = tl.load(row_start(at_ids, row, k) + at, mask=(at < k) & (token >= 0), other=0.0)
-    slope = slope_of(y, logit_scale, softcap, HAS_CAP)
-    value = (gradient - softmax) * t
-    tl.store(row_start(values, row, k) + at, tl.where(value == 0.0, 0.0, value * slope), mask=at < k)
+    value = value_at_ids(gradient, logprob, total, y, logit_scale, softcap, t, HAS_CAP)
+    tl.store(row_start(values, row, k) + at, value, mask=at < k)
 
 
 @triton.jit
@@ -232,7 +271,7 @@ def _case(name: str, kernel: Any, types: str, constexprs: dict[str, Any], *, war
     """types: those of the arguments before the constexprs, in their order; pointers are aligned, some sizes too."""
     names = kernel.arg_names
     signature = dict(zip(names, [*types.split(), *("constexpr",) * len(constexprs)], strict=True))
-    aligned = ("x_stride", "dx_stride", "first", "columns")
+    aligned = ("stride", "dx_stride", "first", "columns", "width")
     return CompileCase(
         name=name,
         kernel=kernel,
@@ -246,27 +285,32 @@ def _case(name: str, kernel: Any, types: str, constexprs: dict[str, Any], *, war
 
 def compile_cases() -> list[CompileCase]:
     cases = []
+    numbers = " ".join(["i32"] * 9)
     for head, kept in (("bf16", "fp16"), ("fp16", "fp16"), ("fp32", "fp32")):
         flags = {"HAS_BIAS": False, "HAS_CAP": False, "HAS_COUNT": True}
         capped = {"HAS_BIAS": True, "HAS_CAP": True, "HAS_COUNT": True}
-        for what, options, keep in (("keep", flags, True), ("bias-cap", capped, False)):
-            cases.append(
-                _case(
-                    f"head-forward-{what}-{head}",
-                    forward_kernel,
-                    f"*fp32 *{head} *i64 *i32 *fp32 *fp32 *fp32 *{kept} i32 i32 i32 i32 i32 i32 i32 fp32 fp32 fp32",
-                    {**options, "KEEP": keep, "TILE": MAX_TILE, "IDS": IDS},
-                    warps=8,
-                    registers=80,
+        for what, options, keep, again in (
+            ("keep", flags, True, False),
+            ("some", flags, True, True),
+            ("bias-cap", capped, False, True),
+        ):
+            if not (keep and again):  # it makes no difference to the forward
+                cases.append(
+                    _case(
+                        f"head-forward-{what}-{head}",
+                        forward_kernel,
+                        f"*fp32 *{head} *i64 *i32 *fp32 *fp32 *fp32 *{kept} *{kept} {numbers} i32 fp32 fp32 fp32",
+                        {**options, "KEEP": keep, "TILE": MAX_TILE, "IDS": IDS},
+                        warps=8,
+                        registers=80,
+                    )
                 )
-            )
-            source = kept if keep else "fp32"
             cases.append(
                 _case(
                     f"head-backward-{what}-{head}",
                     backward_kernel,
-                    f"*{source} *{head} *i32 *fp32 *fp32 *fp32 *{head} i32 i32 i32 i32 i32 i32 i32 fp32 fp32 fp32",
-                    {**options, "FROM_KEPT": keep, "TILE": MAX_TILE, "INTERPRET": False},
+                    f"*fp32 *{head} *i32 *fp32 *fp32 *fp32 *{kept} *{kept} *{head} {numbers} fp32 fp32 fp32",
+                    {**options, "KEPT": keep, "AGAIN": again, "TILE": MAX_TILE, "INTERPRET": False},
                     warps=8,
                     registers=80,
                 )

@@ -7,14 +7,22 @@ Walking the vocabulary completes a row of dW in one block: dW is rounded to the 
 where a walk over rows would read and write an fp32 [V, H] for every chunk of them. What the backward needs of the
 forward is e = exp(y - peak), two bytes each beside a 16-bit head, and there is room for it where nothing lies yet: the
 rows [B, H] of dW that a block will fill hold the e of H rows. More is kept beside, up to KEPT_BYTES; what is left is
-multiplied again. At N = 8,192, H = 4,096, V = 151,936 in bf16 that is 3.3 products in place of 4, and less than 1 GiB
-beyond the gradients: 560 MiB kept, 128 each of a tile of x and of dh in fp32, 64 each of dx and of a block of dW.
+multiplied again. At N = 8,192, H = 4,096, V = 151,936 in bf16 that is 3.3 products in place of 4.
+
+Memory there beyond the gradients, in blocks of at most 8,192 columns (19 of them):
+
+    forward    560 MiB of e, 256 of x in fp32                                                               816 MiB
+    backward   560 MiB of e, 128 of dx, 71 of x for the 2,164 rows that were not kept, 128 of dH in fp32    887 MiB
+    besides    64 MiB of hidden states without their unused rows (as many again with a mask), 20 of [N, K]; cuBLAS
+               keeps 32 MiB of its own
+
+A frozen head has no dW and needs less of everything: head_frozen.py.
 
 Rows that are masked go last, and their number stays on the device: the products and kernels end there.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,27 +34,69 @@ from asyncopd.backends.reference.rows import PAD
 from asyncopd.kernels import head_tile
 from asyncopd.kernels.gather import IDS, RIVALS, logprobs_at
 from asyncopd.kernels.gemm import product
+from asyncopd.kernels.head_gradients import Gradients, unit_of
 from asyncopd.kernels.launch import INTERPRET, Scale, on_device
 
-TILE_ELEMENTS = 1 << 25  # fp32: 128 MiB
+TILE_ELEMENTS = 1 << 26  # of a block, beside a 16-bit head: 128 MiB of dx, 256 of x; half as many beside an fp32 one
 KEPT_BYTES = 560 << 20
+MULTIPLE = 128  # columns that blocks begin at multiples of
+ALIGNED = 16  # elements: what rows of a block begin at, for wide accesses
+TILE_SIZES = (head_tile.MAX_TILE, 2048, 1024)
 WARPS = 8
 
 
-def tile_columns(rows: int, vocab: int) -> int:
-    """Columns of one (peak, sum): a power of two, and few enough that a block of one such tile is within bounds."""
-    tile = min(head_tile.MAX_TILE, triton.next_power_of_2(triton.cdiv(vocab, 4)))
-    while rows * tile > TILE_ELEMENTS:
-        tile //= 2
-    return max(128, tile)
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Columns of the vocabulary, and the (peak, sum) tiles of a row that they are."""
+
+    cols: slice
+    first_tile: int
+    tiles: int
+
+    @property
+    def width(self) -> int:
+        return int(self.cols.stop - self.cols.start)
+
+    @property
+    def stride(self) -> int:
+        """From row to row of a tensor [rows, width]."""
+        return triton.cdiv(self.width, ALIGNED) * ALIGNED
+
+    def take(self, memory: Tensor, rows: int) -> Tensor:
+        """[rows, width] in flat memory."""
+        return memory[: rows * self.stride].view(rows, self.stride)[:, : self.width]
 
 
-def column_blocks(rows: int, vocab: int) -> Iterator[slice]:
-    """Blocks whose tile of products has about TILE_ELEMENTS, and is at most about a quarter of all logits."""
-    tile = tile_columns(rows, vocab)
-    width = max(tile, min(TILE_ELEMENTS // max(1, rows), triton.cdiv(vocab, 4)) // tile * tile)
-    for start in range(0, vocab, width):
-        yield slice(start, min(start + width, vocab))
+class Blocks:
+    """The vocabulary in as few blocks as TILE_ELEMENTS allows, of equal widths but for one MULTIPLE.
+
+    A tile of a row is what one program sums up; with `whole` that is all of a block.
+    """
+
+    def __init__(self, rows: int, vocab: int, dtype: torch.dtype, *, whole: bool = False) -> None:
+        elements = TILE_ELEMENTS * 2 // dtype.itemsize
+        widest = max(MULTIPLE, elements // max(1, rows) // MULTIPLE * MULTIPLE)
+        number, units = triton.cdiv(vocab, widest), triton.cdiv(vocab, MULTIPLE)
+        bounds = [min(vocab, i * units // number * MULTIPLE) for i in range(number + 1)]
+        self.widest = max(stop - start for start, stop in pairwise(bounds))
+        self.tile = triton.next_power_of_2(self.widest) if whole else tile_columns(self.widest)
+        self.tiles, self.blocks = 0, []
+        for start, stop in pairwise(bounds):
+            block = Block(slice(start, stop), self.tiles, triton.cdiv(stop - start, self.tile))
+            self.blocks.append(block)
+            self.tiles += block.tiles
+
+    def memory(self, rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """For a tensor [rows, width] of any block."""
+        return torch.empty(rows * max(b.stride for b in self.blocks), dtype=dtype, device=device)
+
+
+def tile_columns(width: int) -> int:
+    """Columns of a program in blocks that are `width` wide: the most that leave few of its lanes idle."""
+    if width < TILE_SIZES[-1]:
+        return max(128, triton.next_power_of_2(width))
+    lanes = {tile: triton.cdiv(width, tile) * tile for tile in TILE_SIZES}
+    return next((tile for tile in TILE_SIZES if lanes[tile] * 16 <= width * 17), min(lanes, key=lanes.__getitem__))
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,223 +136,147 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Memory for e of the first rows: [V, rows] elements, for each block [rows, B] at the place of its columns."""
+    """Memory for e of the first rows, flat; a block's begins at its first column times the rows that lie there.
 
-    rows: slice
-    memory: Tensor | None  # flat; None if nothing is kept
-    vocab: int
+    inside: dW's, which holds H elements a column, for `inside_rows` rows; beside: for the rest of `rows`.
+    """
 
-    @classmethod
-    def nothing(cls, rows: slice) -> "Kept":
-        return cls(rows, None, 0)
-
-    def __getitem__(self, cols: slice) -> Tensor | None:
-        if self.memory is None:
-            return None
-        rows, width = self.rows.stop - self.rows.start, cols.stop - cols.start
-        pitch = self.memory.shape[0] // self.vocab
-        start = pitch * cols.start
-        return self.memory[start : start + rows * width].view(rows, width)
-
-
-def room_for(rows: int, dweight: Tensor | None, head: Head) -> list[Kept]:
-    """Where e will be kept: in dW, then beside it. A softcap's slope needs y, of which e holds too little."""
-    if head.softcap is not None:
-        return []
-    vocab, width = head.weight.shape
-    dtype = torch.float32 if head.weight.dtype == torch.float32 else torch.float16
-    kept, begin = [], 0
-    if dweight is not None:
-        begin = min(rows, width)
-        kept.append(Kept(slice(0, begin), dweight.view(dtype).view(-1), vocab))
-    beside = min(rows - begin, KEPT_BYTES // (vocab * dtype.itemsize), triton.cdiv(rows, 4))
-    if beside > 0:
-        memory = torch.empty(beside * vocab, dtype=dtype, device=head.weight.device)
-        kept.append(Kept(slice(begin, begin + beside), memory, vocab))
-    return kept
-
-
-@dataclass(frozen=True, slots=True)
-class Tiles:
-    """For every block of columns a tile [rows, B], all in the same memory."""
-
+    inside: Tensor | None
+    beside: Tensor | None
+    inside_rows: int
     rows: int
-    vocab: int
-    dtype: torch.dtype
-    device: torch.device
-    used_rows: int | None = None  # if fewer rows than the blocks are made for
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        rows = self.rows if self.used_rows is None else self.used_rows
-        memory = None
-        for cols in column_blocks(self.rows, self.vocab):
-            width = cols.stop - cols.start
-            if memory is None:  # the first block is the widest
-                memory = torch.empty(rows * width, dtype=self.dtype, device=self.device)
-            yield cols, memory[: rows * width].view(rows, width)
-
-
-def _unit(grad: Tensor, totals: Tensor, slope: float) -> Tensor:
-    """About the largest dx: a mean's, divided by thousands of rows, would be lost in fp16, which ends at 6e-8."""
-    if grad.numel() == 0:
-        return grad.new_ones(())
-    # Equal ids add up, at most to the sum of a row's magnitudes.
-    largest = torch.maximum(grad.abs().sum(dim=1), totals.abs())
-    unit = torch.where(torch.isfinite(largest), largest, 0.0).amax() * slope
-    return torch.where(unit > 0, unit, 1.0)
-
-
-@dataclass(slots=True)
-class Gradients:
-    """dH [rows, H] fp32 and 0 at first, dW [V, H] in the head's dtype, db [V] fp32; None where nobody wants it."""
-
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @classmethod
-    def of(cls, hidden: Tensor, head: Head, need_hidden: bool, need_weight: bool) -> "Gradients":
-        return cls(
-            torch.zeros_like(hidden, dtype=torch.float32, memory_format=torch.contiguous_format)
-            if need_hidden
-            else None,
-            torch.empty_like(head.weight, memory_format=torch.contiguous_format) if need_weight else None,
-            None if head.bias is None else torch.empty(head.bias.shape, dtype=torch.float32, device=hidden.device),
+    @property
+    def pointers(self) -> tuple[Tensor | None, Tensor | None]:
+        """A kernel has both; where rows is 0, none."""
+        return (
+            self.beside if self.inside is None else self.inside,
+            self.inside if self.beside is None else self.beside,
         )
 
-    def add(
-        self, cols: slice, dx: Tensor, weight: Tensor, hidden: Tensor, count: Tensor | None, unit: Tensor | None
-    ) -> None:
-        """One block: dx [rows, B] in units of `unit`, the head's rows [B, H] and hidden [rows, H]; `count` rows."""
-        if self.hidden is not None:
-            product(dx, weight, self.hidden, count=count, counted="rows", accumulate=True)
-        if self.weight is not None and self.weight.dtype == torch.float32:
-            product(dx.t(), hidden, self.weight[cols], count=count, counted="depth")
-        elif self.weight is not None:
-            # Through fp32: cuBLAS may round parts of a 16-bit sum.
-            block = torch.empty_like(weight, dtype=torch.float32)
-            product(dx.t(), hidden, block, count=count, counted="depth")
-            self.weight[cols].copy_(block if unit is None else block.mul_(unit))
-        if self.bias is not None:
-            torch.sum(dx, dim=0, dtype=torch.float32, out=self.bias[cols])
 
-    def finish(self, unit: Tensor | None) -> None:
-        """After the last block."""
-        for gradient in (self.hidden, self.bias):
-            if gradient is not None and unit is not None:
-                gradient *= unit
+NOTHING = Kept(None, None, 0, 0)
+
+
+def room_for(rows: int, dweight: Tensor | None, head: Head, blocks: Blocks) -> Kept:
+    """Where e will be kept: in dW, then beside it. A softcap's slope needs y, of which e holds too little."""
+    if head.softcap is not None:
+        return NOTHING
+    width = head.weight.shape[1]
+    dtype = torch.float32 if head.weight.dtype == torch.float32 else torch.float16
+    inside, inside_rows = None, 0
+    if dweight is not None:
+        inside = dweight.view(dtype).view(-1)
+        inside_rows = min(rows, *(width * block.width // block.stride for block in blocks.blocks))
+    beside, last = None, blocks.blocks[-1]
+    columns = last.cols.start + last.stride
+    beside_rows = min(rows - inside_rows, KEPT_BYTES // (columns * dtype.itemsize))
+    if beside_rows > 0:
+        beside = torch.empty(beside_rows * columns, dtype=dtype, device=head.weight.device)
+    return Kept(inside, beside, inside_rows, inside_rows + beside_rows)
 
 
 class Walk:
     """The rows, those that count first, and the head that they meet."""
 
-    def __init__(self, hidden: Tensor, ids: Tensor, head: Head, count: Tensor | None) -> None:
+    def __init__(self, hidden: Tensor, ids: Tensor, head: Head, count: Tensor | None, *, whole: bool = False) -> None:
         self.hidden, self.ids, self.count = hidden.contiguous(), ids.contiguous(), count
         weight = head.weight if head.weight.stride(1) == 1 else head.weight.contiguous()
         self.head = replace(head, weight=weight, bias=None if head.bias is None else head.bias.contiguous())
         rows, self.vocab = hidden.shape[0], head.weight.shape[0]
-        self.tile = tile_columns(rows, self.vocab)
+        self.blocks = Blocks(rows, self.vocab, weight.dtype, whole=whole)
         self.scale = Scale.of(head.temperature)
         self.at_ids = self._empty(*ids.shape)
-        tiles = triton.cdiv(self.vocab, self.tile)
+        tiles = self.blocks.tiles
         self.tile_peaks, self.tile_sums = self._empty(rows, tiles), self._empty(rows, tiles)
 
-    def forward(self, kept: list[Kept]) -> tuple[Tensor, Tensor]:
+    def forward(self, kept: Kept = NOTHING) -> tuple[Tensor, Tensor]:
         """log p [rows, K] and LSE [rows]; rows beyond the count hold anything."""
         rows = self.hidden.shape[0]
-        parts = [*kept, Kept.nothing(slice(kept[-1].rows.stop if kept else 0, rows))]
-        tiles = Tiles(rows, self.vocab, torch.float32, self.hidden.device)
-        for cols, x in tiles:
-            product(self.hidden, self.head.weight[cols].t(), x, count=self.count, counted="rows")
-            for part in parts:
-                memory = part[cols]
-                self._launch(
-                    head_tile.forward_kernel,
-                    part.rows,
-                    cols,
-                    x,
-                    self.head.bias,
-                    self.ids,
-                    self.count,
-                    self.at_ids,
-                    self.tile_peaks,
-                    self.tile_sums,
-                    memory,
-                    x.stride(0),
-                    part.rows.start,
-                    cols.start,
-                    x.shape[1],
-                    triton.cdiv(x.shape[1], self.tile),
-                    self.tile_peaks.shape[1],
-                    self.ids.shape[1],
-                    self.head.logit_scale,
-                    self._softcap,
-                    self.scale.scale,
-                    *self._flags,
-                    memory is not None,
-                    self.tile,
-                    IDS,
-                )
+        memory = self.blocks.memory(rows, torch.float32, self.hidden.device)
+        for block in self.blocks.blocks:
+            x = block.take(memory, rows)
+            product(self.hidden, self.head.weight[block.cols].t(), x, count=self.count, counted="rows")
+            self._launch(
+                head_tile.forward_kernel,
+                block,
+                x,
+                self.head.bias,
+                self.ids,
+                self.count,
+                self.at_ids,
+                self.tile_peaks,
+                self.tile_sums,
+                *kept.pointers,
+                *self._sizes(block, kept),
+                self.ids.shape[1],
+                self.head.logit_scale,
+                self._softcap,
+                self.scale.scale,
+                *self._flags,
+                kept.rows > 0,
+                self.blocks.tile,
+                IDS,
+            )
         return logprobs_at(
             self.at_ids, self.ids, self.tile_peaks, self.tile_sums, self.vocab, self.scale, gathered=True
         )
 
-    def backward(self, grad: Tensor, logprobs: Tensor, lse: Tensor, kept: list[Kept], gradients: Gradients) -> None:
+    def backward(self, grad: Tensor, logprobs: Tensor, lse: Tensor, gradients: Gradients, kept: Kept = NOTHING) -> None:
         """Gradients of sum(grad * log p), grad [rows, K]; `at_ids` holds y at the ids, by the forward or the caller."""
-        rows, weight = self.hidden.shape[0], self.head.weight
-        grad = grad.masked_fill(self.ids == PAD, 0.0)
+        rows, weight, device = self.hidden.shape[0], self.head.weight, self.hidden.device
+        grad = grad.to(torch.float32).masked_fill(self.ids == PAD, 0.0)
         totals = grad.sum(dim=1)
         unit = None
         if weight.dtype == torch.float16:
-            unit = _unit(grad, totals, abs(self.head.logit_scale) / self.head.temperature)
+            unit = unit_of(grad, totals, abs(self.head.logit_scale) / self.head.temperature)
             grad, totals = grad / unit, totals / unit
         values = self._values(grad, logprobs, totals)
-        rest = slice(kept[-1].rows.stop if kept else 0, rows)
-        count = None if self.count is None else (self.count - rest.start).clamp(min=0)
-        device = self.hidden.device
-        outputs = Tiles(rows, self.vocab, weight.dtype, device)
-        products = Tiles(rows, self.vocab, torch.float32, device, rest.stop - rest.start)
-        for (cols, dx), (_, x) in zip(outputs, products, strict=True):
-            for part in kept:
-                memory = part[cols]
-                assert memory is not None
-                self._softmax_terms(dx, cols, part.rows, memory, lse, totals)
-            if rest.start < rest.stop:
-                product(self.hidden[rest], weight[cols].t(), x, count=count, counted="rows")
-                self._softmax_terms(dx, cols, rest, x, lse, totals, products=True)
-            self._scatter(values, dx, cols)
-            gradients.add(cols, dx, weight[cols], self.hidden, self.count, unit)
+        again = rows - kept.rows
+        count = None if self.count is None else (self.count - kept.rows).clamp(min=0)
+        outputs = self.blocks.memory(rows, weight.dtype, device)
+        products = self.blocks.memory(again, torch.float32, device)
+        for block in self.blocks.blocks:
+            dx, x = block.take(outputs, rows), block.take(products, again)
+            if again:
+                product(self.hidden[kept.rows :], weight[block.cols].t(), x, count=count, counted="rows")
+            self._launch(
+                head_tile.backward_kernel,
+                block,
+                x,
+                self.head.bias,
+                self.count,
+                self.tile_peaks,
+                lse,
+                totals,
+                *kept.pointers,
+                dx,
+                *self._sizes(block, kept),
+                self.head.logit_scale,
+                self._softcap,
+                self.scale.t,
+                *self._flags,
+                kept.rows > 0,
+                again > 0,
+                self.blocks.tile,
+                INTERPRET,
+            )
+            self._scatter(values, dx, block.cols)
+            gradients.add(block.cols, dx, weight[block.cols], self.hidden, self.count, unit)
         gradients.finish(unit)
 
-    def _softmax_terms(
-        self, dx: Tensor, cols: slice, rows: slice, x: Tensor, lse: Tensor, totals: Tensor, *, products: bool = False
-    ) -> None:
-        """dx of a block without its ids' part, from products x or from the e that was kept."""
-        self._launch(
-            head_tile.backward_kernel,
-            rows,
-            cols,
-            x,
-            self.head.bias,
-            self.count,
-            self.tile_peaks,
-            lse,
-            totals,
-            dx,
-            x.stride(0),
-            dx.stride(0),
-            rows.start,
-            cols.start,
-            dx.shape[1],
-            triton.cdiv(dx.shape[1], self.tile),
-            self.tile_peaks.shape[1],
-            self.head.logit_scale,
-            self._softcap,
-            self.scale.t,
-            *self._flags,
-            not products,
-            self.tile,
-            INTERPRET,
+    def _sizes(self, block: Block, kept: Kept) -> tuple[int, ...]:
+        """What the tile kernels are told of a block and of the rows that are kept, in their order."""
+        return (
+            block.stride,
+            block.cols.start,
+            block.width,
+            block.first_tile,
+            block.tiles,
+            self.blocks.tiles,
+            self.head.weight.shape[1],
+            kept.inside_rows,
+            kept.rows,
         )
 
     def _values(self, grad: Tensor, logprobs: Tensor, totals: Tensor) -> Tensor:
@@ -351,12 +325,11 @@ class Walk:
                     num_warps=4,
                 )
 
-    def _launch(self, kernel: Any, rows: slice, cols: slice, *arguments: Any) -> None:
-        """A program for every `tile` columns of every row."""
-        programs = (rows.stop - rows.start) * triton.cdiv(cols.stop - cols.start, self.tile)
-        if programs:
+    def _launch(self, kernel: Any, block: Block, *arguments: Any) -> None:
+        """A program for every tile of every row."""
+        if rows := self.hidden.shape[0]:
             with on_device(self.hidden):
-                kernel[(programs,)](*arguments, num_warps=WARPS)
+                kernel[(rows * block.tiles,)](*arguments, num_warps=WARPS)
 
     @property
     def _softcap(self) -> float:

@@ -1,7 +1,8 @@
 """A gradient that was made in the forward times what the backward brings: usually 1, which only the device knows.
 
-Limit: nothing where the factor is 1 (a program reads four bytes and ends); else one read and one write in place, with
-no second [V, H] beside it.
+Limit: nothing where the factor is 1 (a program reads four bytes and ends, and there are no more of them than an H100
+holds at a time: for a head's 622 million elements one a block would be 151,936); else one read and one write in place,
+with no second [V, H] beside it.
 """
 
 import triton
@@ -12,7 +13,8 @@ from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import INTERPRET, on_device
 from asyncopd.kernels.numeric import to_storage
 
-BLOCK = 4096
+BLOCK = 4096  # elements of a program at a time
+PROGRAMS = 1056  # 8 of 8 warps on each of 132 SMs
 
 
 @triton.jit
@@ -25,11 +27,12 @@ def _scale_kernel(
 ):
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(values + at, mask=at < size, other=0.0).to(tl.float32)
-        # What the caller dropped has gradient 0, even where it is NaN.
-        value = tl.where(by == 0.0, 0.0, value * by)
-        tl.store(values + at, to_storage(value, values.dtype.element_ty, INTERPRET), mask=at < size)
+        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+            at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            value = tl.load(values + at, mask=at < size, other=0.0).to(tl.float32)
+            # What the caller dropped has gradient 0, even where it is NaN.
+            value = tl.where(by == 0.0, 0.0, value * by)
+            tl.store(values + at, to_storage(value, values.dtype.element_ty, INTERPRET), mask=at < size)
 
 
 def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
@@ -39,7 +42,9 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     size = gradient.numel()
     if size:
         with on_device(gradient):
-            _scale_kernel[(triton.cdiv(size, BLOCK),)](gradient, factor, size, BLOCK, INTERPRET, num_warps=8)
+            _scale_kernel[(min(PROGRAMS, triton.cdiv(size, BLOCK)),)](
+                gradient, factor, size, BLOCK, INTERPRET, num_warps=8
+            )
 
 
 def compile_cases() -> list[CompileCase]:

@@ -74,9 +74,12 @@ def _order_kernel(
     factors,  # [N K] fp32
     sorted_rows,  # [N K] int32
     sorted_factors,  # [N K] fp32
+    keys,  # [N K] int32, sorted
+    named,  # [V + 1] uint8, 0 before: 1 where an entry has that key; or None
     count,  # N K
     k,
     BLOCK: tl.constexpr,
+    MARK: tl.constexpr,
 ):
     """What the slices would otherwise each look up by way of two loads that wait for each other, and a division."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -84,6 +87,10 @@ def _order_kernel(
     factor = tl.load(factors + entry, mask=at < count, other=0.0)
     tl.store(sorted_rows + at, (entry // k).to(tl.int32), mask=at < count)
     tl.store(sorted_factors + at, factor, mask=at < count)
+    if MARK:
+        # Entries with the same key all write, and write the same.
+        key = tl.load(keys + at, mask=at < count, other=0)
+        tl.store(named + key, tl.full([BLOCK], 1, tl.uint8), mask=at < count)
 
 
 class Entries(NamedTuple):
@@ -135,7 +142,8 @@ class SortedEntries(NamedTuple):
     factors: Tensor  # fp32
 
 
-def sorted_by_id(entries: Entries) -> SortedEntries:
+def sorted_by_id(entries: Entries, named: Tensor | None = None) -> SortedEntries:
+    """named: uint8 [V + 1], where 1 is stored for every key that there is; the last one is of no id."""
     k, count = entries.keys.shape[1], entries.keys.numel()
     if count >= 2**31:
         raise ValueError(f"ids: got shape {list(entries.keys.shape)}, expected less than 2^31 ids")
@@ -146,7 +154,17 @@ def sorted_by_id(entries: Entries) -> SortedEntries:
     if count:
         with on_device(keys):
             _order_kernel[(triton.cdiv(count, FLAT),)](
-                order, entries.factors, out.rows, out.factors, count, k, FLAT, num_warps=4
+                order,
+                entries.factors,
+                out.rows,
+                out.factors,
+                keys,
+                named,
+                count,
+                k,
+                FLAT,
+                named is not None,
+                num_warps=4,
             )
     return out
 
@@ -160,13 +178,15 @@ def compile_cases() -> list[CompileCase]:
             "factors": "*fp32",
             "sorted_rows": "*i32",
             "sorted_factors": "*fp32",
+            "keys": "*i32",
+            "named": "*u8",
             **dict.fromkeys(("count", "k"), "i32"),
-            "BLOCK": "constexpr",
+            **dict.fromkeys(("BLOCK", "MARK"), "constexpr"),
         },
-        constexprs={"BLOCK": FLAT},
+        constexprs={"BLOCK": FLAT, "MARK": True},
         num_warps=4,
         max_registers=40,
-        divisible=("order", "factors", "sorted_rows", "sorted_factors", "count", "k"),
+        divisible=("order", "factors", "sorted_rows", "sorted_factors", "keys", "named", "count", "k"),
     )
     return [order, *(_entries_case(cap) for cap in (False, True))]
 

@@ -7,9 +7,9 @@
 
 sparse_rows.py has z and dh, a program a row; sparse_weight.py dW and db, a program a run of entries sorted by id;
 sparse_entries.py what goes before; each with its bytes. In all, N = 8,192, K = 64, H = 4,096, V = 151,936, bf16: 13 GB
-from L2 (three times 4.3), and from memory W twice and dW once where ids name them, at most 3.7 GB, and 1.24 GB more to
-zero a dense dW. Three GEMMs of the whole head would be 3 x 10.2 TFLOP. Scratch: 34 MB in the forward; in the backward
-67 MB and some 20 MB of entries.
+from L2 (three times 4.3), and from memory W twice and dW once, at most 3.7 GB: rows of dW that no id names are zeroed.
+Three GEMMs of the whole head would be 3 x 10.2 TFLOP. Scratch: 134 MB in the forward; in the backward 67 MB and some
+20 MB of entries.
 
 A dense dW is the one thing here that is V wide. `linear_gather_logits_backward_into` has none: it adds to a gradient
 that the caller keeps, and touches the rows that ids name.
@@ -57,8 +57,8 @@ def linear_gather_logits_backward(
     """
     weight, bias = head.weight, head.bias
     vocab, width = weight.shape
-    dweight = torch.zeros(vocab if need_weight else 0, width, dtype=weight.dtype, device=weight.device)
-    dbias = torch.zeros(0 if bias is None else vocab, dtype=torch.float32, device=weight.device)
+    dweight = torch.empty(vocab if need_weight else 0, width, dtype=weight.dtype, device=weight.device)
+    dbias = torch.empty(0 if bias is None else vocab, dtype=torch.float32, device=weight.device)
     wanted = (dweight if need_weight else None, None if bias is None else dbias)
     dhidden = _backward(grad, logits, hidden, head, ids, mask, *wanted, add=False)
     return dhidden, dweight, dbias.to(weight.dtype if bias is None else bias.dtype)

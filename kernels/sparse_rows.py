@@ -10,16 +10,19 @@ Each asks for K rows of W a row of h. With b bytes an element:
 At N = 8,192, K = 64, H = 4,096 in bf16 that is 4.3 GB from L2 either way, 0.8 ms at 5.5 TB/s; what differs is what
 comes from memory. Id by id it is U H b, and a sort of N K ids; and dH would need a sum over programs. Row by row it is
 U H b too, as long as W's rows stay in L2 between the rows of h that name them. So columns are the slowest index of the
-grid: while one slice of 256 columns is worked on, a row of W is 512 bytes and 50 MB of L2 hold 98,000 of them, where
-whole rows would be 6,100. Limit: U H b from memory (1.24 GB if every id of 151,936 is named, 0.37 ms at 3.35 TB/s)
-beside 4.3 GB from L2. What slices cost: the forward's partial sums, slices N K fp32 (34 MB written and read), and ids
-and factors, read once a slice (2 % of the rows).
+grid, and a slice of them is as wide as lets that slice of all of W stay in half of the L2, whose two halves each keep
+what their own SMs read: 64 columns of 151,936 rows are 19 MB of 50 (H100), 256 would be 78. That this is faster than
+256 is a prediction; bench/gpu.sh measures it. A slice is no narrower than a program needs to have 4,096 elements of W,
+so for few ids, which few rows of h share, it stays wide. Limit: U H b from memory (1.24 GB if every id of 151,936 is
+named, 0.37 ms at 3.35 TB/s) beside 4.3 GB from L2. What slices cost: the forward's partial sums, slices N K fp32 (64
+slices: 134 MB written and read), and ids and factors, read once a slice (6 to 9 % of the rows).
 
 The arithmetic is 2 N K H FLOP (4.3 GFLOP), a fused multiply-add and a conversion an element: no tensor core has
 anything to do with one row against rows of its own. 16 bytes a load in any dtype, 64 in flight a thread in bf16.
 
-Accuracy: fp32 products of the given values. A dot product is 64 sums of 4 terms (K >= 64), folded as a tree, and slices
-are added with their rounding errors; dh is 16 sums of K / 16 terms, then a tree. All in a fixed order.
+Accuracy: fp32 products of the given values. A dot product is 64 sums of at most 4 terms (K >= 64), folded as a tree,
+and slices are added with their rounding errors; dh is 16 sums of K / 16 terms, or 64 of K / 64, then a tree. All in an
+order that V, K, the dtype and the device decide, whatever the number of rows.
 """
 
 from typing import NamedTuple
@@ -36,7 +39,8 @@ from asyncopd.kernels.softcap import Factors, logit_of
 from asyncopd.kernels.sparse_entries import Entries
 from asyncopd.kernels.summary import row_start
 
-SLICE = 256  # columns of a program
+SLICES = (256, 128, 64)  # columns of a program
+L2_BYTES = 50 << 20  # of an H100: where no device says it
 TILE = 4096  # elements of the weight that a program of 4 warps loads at a time
 FINISHED = 512  # logits of a program that adds up slices
 
@@ -124,6 +128,8 @@ def _hidden_gradient_kernel(
     factors,  # [N, K] fp32: dy
     keys,  # [N, K] int32: ids, or `vocab` where an entry takes no part
     weight,  # [V, H], unit column stride
+    base,  # [N, H] fp32, contiguous: what is added, times `shares`, or None
+    shares,  # [N] fp32, or None; where one is 0, the row of `base` is not looked at
     dhidden,  # [N, H], contiguous
     weight_stride,
     rows,
@@ -132,6 +138,7 @@ def _hidden_gradient_kernel(
     k,
     SLICE: tl.constexpr,
     IDS: tl.constexpr,
+    HAS_BASE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     part, row = tl.program_id(0) // rows, tl.program_id(0) % rows
@@ -143,27 +150,41 @@ def _hidden_gradient_kernel(
         inside = token < vocab
         factor = tl.load(row_start(factors, row, k) + at, mask=inside, other=0.0)
         total += factor[:, None] * rows_of_weight(weight, token, weight_stride, column, width, inside)
-    value = to_storage(tl.sum(total, axis=0), dhidden.dtype.element_ty, INTERPRET)
+    value = tl.sum(total, axis=0)
+    if HAS_BASE:
+        share = tl.load(shares + row)
+        if share != 0.0:
+            value += share * tl.load(row_start(base, row, width) + column, mask=column < width, other=0.0)
+    value = to_storage(value, dhidden.dtype.element_ty, INTERPRET)
     tl.store(row_start(dhidden, row, width) + column, value, mask=column < width)
 
 
-class Blocks(NamedTuple):
-    """Sizes of a program: `ids` at a time, `step` columns of them."""
+def slice_for(weight: Tensor, k: int) -> int:
+    """Columns of a program: the most of which all of the weight's stay in half of the L2, or else the fewest."""
+    l2 = torch.cuda.get_device_properties(weight.device).L2_cache_size if weight.is_cuda else L2_BYTES
+    enough_work = [size for size in SLICES if size * padded(k, 1) >= TILE or size == SLICES[0]]
+    column = weight.shape[0] * weight.dtype.itemsize
+    return next((size for size in enough_work if size * column <= l2 // 2), enough_work[-1])
 
+
+class Blocks(NamedTuple):
+    """Sizes of a program: the columns of its slice; `ids` at a time, `step` columns of them."""
+
+    slice: int
     ids: int
     step: int
     num_warps: int
 
     @classmethod
-    def forward(cls, k: int) -> "Blocks":
+    def forward(cls, k: int, columns: int) -> "Blocks":
         ids = min(64, padded(k, 1))
-        step = min(SLICE, TILE // ids)
-        return cls(ids, step, max(1, ids * step // 1024))
+        step = min(columns, TILE // ids)
+        return cls(columns, ids, step, max(1, ids * step // 1024))
 
     @classmethod
-    def backward(cls, k: int) -> "Blocks":
-        ids = min(TILE // SLICE, padded(k, 1))
-        return cls(ids, SLICE, max(1, ids * SLICE // 1024))
+    def backward(cls, k: int, columns: int) -> "Blocks":
+        ids = min(TILE // columns, padded(k, 1))
+        return cls(columns, ids, columns, max(1, ids * columns // 1024))
 
 
 def launch_logits(
@@ -174,7 +195,8 @@ def launch_logits(
     logits = torch.empty((rows, k), dtype=torch.float32, device=hidden.device)
     if logits.numel() == 0:
         return logits
-    slices, sizes = triton.cdiv(width, SLICE), Blocks.forward(k)
+    sizes = Blocks.forward(k, slice_for(weight, k))
+    slices = triton.cdiv(width, sizes.slice)
     partials = torch.empty((slices, rows, k), dtype=torch.float32, device=hidden.device)
     blocks = triton.cdiv(k, sizes.ids)
     with on_device(hidden):
@@ -191,7 +213,7 @@ def launch_logits(
                 width,
                 k,
                 blocks,
-                SLICE,
+                sizes.slice,
                 sizes.step,
                 sizes.ids,
                 num_warps=sizes.num_warps,
@@ -213,24 +235,28 @@ def launch_logits(
     return logits
 
 
-def launch_hidden_gradient(entries: Entries, weight: Tensor, dhidden: Tensor) -> None:
-    """Every element of dhidden [N, H], contiguous, is written."""
+def launch_hidden_gradient(
+    entries: Entries, weight: Tensor, dhidden: Tensor, base: tuple[Tensor, Tensor] | None = None
+) -> None:
+    """Every element of dhidden [N, H], contiguous, is written. base: [N, H] and [N] fp32, whose product is added."""
     (rows, width), k = dhidden.shape, entries.keys.shape[1]
-    sizes = Blocks.backward(k)
+    sizes = Blocks.backward(k, slice_for(weight, k))
     if dhidden.numel() == 0:
         return
     with on_device(dhidden):
-        _hidden_gradient_kernel[(triton.cdiv(width, SLICE) * rows,)](
+        _hidden_gradient_kernel[(triton.cdiv(width, sizes.slice) * rows,)](
             *entries,
             weight,
+            *((None, None) if base is None else base),
             dhidden,
             weight.stride(0),
             rows,
             weight.shape[0],
             width,
             k,
-            SLICE,
+            sizes.slice,
             sizes.ids,
+            base is not None,
             INTERPRET,
             num_warps=sizes.num_warps,
         )
@@ -240,10 +266,11 @@ def compile_cases() -> list[CompileCase]:
     """H is no constant of any of them: the machine code for 1,024 and 4,096 is one."""
     cases = []
     for dtype in ("bf16", "fp16", "fp32"):
-        for k in (1, 64):
-            forward, backward = Blocks.forward(k), Blocks.backward(k)
+        for k, columns in ((1, 256), (64, 256), (64, 128), (64, 64)):
+            forward, backward = Blocks.forward(k, columns), Blocks.backward(k, columns)
+            what = f"{dtype}-k{k}" + ("" if columns == 256 else f"-slice{columns}")
             dots = CompileCase(
-                name=f"sparse-head-dots-{dtype}-k{k}",
+                name=f"sparse-head-dots-{what}",
                 kernel=_dots_kernel,
                 signature={
                     **dict.fromkeys(("hidden", "weight"), f"*{dtype}"),
@@ -252,7 +279,7 @@ def compile_cases() -> list[CompileCase]:
                     **dict.fromkeys(("hidden_stride", "weight_stride", "rows", "vocab", "width", "k", "blocks"), "i32"),
                     **dict.fromkeys(("SLICE", "STEP", "IDS"), "constexpr"),
                 },
-                constexprs={"SLICE": SLICE, "STEP": forward.step, "IDS": forward.ids},
+                constexprs={"SLICE": columns, "STEP": forward.step, "IDS": forward.ids},
                 num_warps=forward.num_warps,
                 max_registers=96,
                 divisible=(
@@ -260,39 +287,46 @@ def compile_cases() -> list[CompileCase]:
                     *("rows", "vocab"),
                 ),
             )
-            hidden_gradient = CompileCase(
-                name=f"sparse-head-hidden-gradient-{dtype}-k{k}",
-                kernel=_hidden_gradient_kernel,
-                signature={
-                    "factors": "*fp32",
-                    "keys": "*i32",
-                    **dict.fromkeys(("weight", "dhidden"), f"*{dtype}"),
-                    **dict.fromkeys(("weight_stride", "rows", "vocab", "width", "k"), "i32"),
-                    **dict.fromkeys(("SLICE", "IDS", "INTERPRET"), "constexpr"),
-                },
-                constexprs={"SLICE": SLICE, "IDS": backward.ids, "INTERPRET": False},
-                num_warps=backward.num_warps,
-                max_registers=80,
-                divisible=("factors", "keys", "weight", "dhidden", "weight_stride", "rows", "vocab", "width"),
-            )
-            cases += [dots, hidden_gradient]
-    for cap in (False, True):
-        cases.append(
-            CompileCase(
-                name="sparse-head-finish" + ("-softcap" if cap else ""),
-                kernel=_finish_kernel,
-                signature={
-                    "partials": "*fp32",
-                    "ids": "*i64",
-                    **dict.fromkeys(("bias", "logits"), "*fp32"),
-                    **dict.fromkeys(("slices", "count", "vocab"), "i32"),
-                    **dict.fromkeys(("inner", "inner_low", "outer", "outer_low"), "fp32"),
-                    **dict.fromkeys(("BLOCK", "HAS_BIAS", "HAS_CAP"), "constexpr"),
-                },
-                constexprs={"BLOCK": FINISHED, "HAS_BIAS": True, "HAS_CAP": cap},
-                num_warps=4,
-                max_registers=48,
-                divisible=("partials", "ids", "bias", "logits", "slices", "count", "vocab"),
-            )
-        )
-    return cases
+            cases.append(dots)
+            for has_base in (False, True) if k > 1 else (False,):
+                hidden_gradient = CompileCase(
+                    name=f"sparse-head-hidden-gradient-{what}" + ("-base" if has_base else ""),
+                    kernel=_hidden_gradient_kernel,
+                    signature={
+                        "factors": "*fp32",
+                        "keys": "*i32",
+                        "weight": f"*{dtype}",
+                        **dict.fromkeys(("base", "shares"), "*fp32"),
+                        "dhidden": f"*{dtype}",
+                        **dict.fromkeys(("weight_stride", "rows", "vocab", "width", "k"), "i32"),
+                        **dict.fromkeys(("SLICE", "IDS", "HAS_BASE", "INTERPRET"), "constexpr"),
+                    },
+                    constexprs={"SLICE": columns, "IDS": backward.ids, "HAS_BASE": has_base, "INTERPRET": False},
+                    num_warps=backward.num_warps,
+                    max_registers=80,
+                    divisible=(
+                        *("factors", "keys", "weight", "base", "shares", "dhidden"),
+                        *("weight_stride", "rows", "vocab", "width"),
+                    ),
+                )
+                cases.append(hidden_gradient)
+    return [*cases, *(_finish_case(cap) for cap in (False, True))]
+
+
+def _finish_case(cap: bool) -> CompileCase:
+    return CompileCase(
+        name="sparse-head-finish" + ("-softcap" if cap else ""),
+        kernel=_finish_kernel,
+        signature={
+            "partials": "*fp32",
+            "ids": "*i64",
+            **dict.fromkeys(("bias", "logits"), "*fp32"),
+            **dict.fromkeys(("slices", "count", "vocab"), "i32"),
+            **dict.fromkeys(("inner", "inner_low", "outer", "outer_low"), "fp32"),
+            **dict.fromkeys(("BLOCK", "HAS_BIAS", "HAS_CAP"), "constexpr"),
+        },
+        constexprs={"BLOCK": FINISHED, "HAS_BIAS": True, "HAS_CAP": cap},
+        num_warps=4,
+        max_registers=48,
+        divisible=("partials", "ids", "bias", "logits", "slices", "count", "vocab"),
+    )

@@ -16,9 +16,9 @@ Sizes follow from shapes: scratch is N K / 128 rows of H in fp32 (67 MB at N = 8
 
 Bytes there in bf16: 4.3 GB of h, from L2, since slices are the slowest index and one of h is 8.4 MB (0.8 ms at
 5.5 TB/s); U H b of dW written, U: distinct ids (1.24 GB if all 151,936 are named, 0.37 ms at 3.35 TB/s); of scratch at
-most 67 MB each way; the sort, of 32-bit keys and 64-bit positions, is 6 MB a pass. A dense dW is zeroed before that by
-whoever wants one (as many bytes again); the sum can instead be added to a gradient that is there already, and then rows
-that no id names are not touched at all.
+most 67 MB each way; the sort, of 32-bit keys and 64-bit positions, is 6 MB a pass. In a dense dW the rows that no id
+names are zeroed, (V - U) H b: the sorted entries mark the others in V bytes. The sum can instead be added to a gradient
+that is there already, and then rows that no id names are not touched at all.
 
 Accuracy: fp32; a piece is at most 32 sums of 4 terms, and pieces are added with their rounding errors: an id that a
 million entries name loses no more digits than one that 128 name. Rounded once.
@@ -39,6 +39,7 @@ RUN = 128  # sorted entries of a program
 COLUMNS = 512  # of a program
 ENTRIES = 4  # rows of h at a time: a thread of 64 has 16 bytes (bf16) of each
 PIECES = 8  # rows of scratch at a time
+ZEROED = 16  # rows of dW that a program looks at
 
 
 @triton.jit
@@ -214,15 +215,45 @@ def _joins_kernel(
             store_sum(dbias + key + tl.arange(0, 1), total_factor, first_slice, ADD, INTERPRET)
 
 
+@triton.jit
+def _zero_kernel(
+    named,  # [V + 1] uint8
+    dweight,  # [V, H], unit column stride
+    dbias,  # [V]
+    dweight_stride,
+    vocab,
+    width,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+):
+    """0 in the rows that no id names."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    empty = tl.load(named + row, mask=row < vocab, other=1) == 0
+    if NEED_BIAS:
+        tl.store(dbias + row, tl.zeros([ROWS], dbias.dtype.element_ty), mask=empty)
+    if NEED_WEIGHT:
+        for start in range(0, width, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            to = dweight + row.to(tl.int64)[:, None] * dweight_stride + column[None, :]
+            zeros = tl.zeros([ROWS, COLUMNS], dweight.dtype.element_ty)
+            tl.store(to, zeros, mask=empty[:, None] & (column < width)[None, :])
+
+
 def launch_weight_gradient(
     entries: Entries, hidden: Tensor, dweight: Tensor | None, dbias: Tensor | None, vocab: int, *, add: bool
 ) -> None:
-    """Stores the rows of dweight [V, H] and dbias [V] that an id names, or adds to them; leaves the others alone.
+    """Every row of dweight [V, H] and dbias [V] is written; with `add`, those that an id names are added to.
 
     Either may be None. dweight has unit column stride, dbias is contiguous, both have any dtype of DTYPES.
     """
     rows, k = entries.keys.shape
     width, count = hidden.shape[1], rows * k
+    if count == 0 and not add:
+        for gradient in (dweight, dbias):
+            if gradient is not None:
+                gradient.zero_()
     if count == 0 or (dweight is None and dbias is None):
         return
     device = hidden.device
@@ -233,9 +264,14 @@ def launch_weight_gradient(
     # In the place of what is not wanted, and not touched.
     dweight_stride = 0 if dweight is None else dweight.stride(0)
     to = (pieces if dweight is None else dweight, bias_pieces if dbias is None else dbias)
-    sorted_entries = sorted_by_id(entries)
+    named = None if add else torch.zeros(vocab + 1, dtype=torch.uint8, device=device)
+    sorted_entries = sorted_by_id(entries, named)
     flags = (dweight is not None, dbias is not None, add, INTERPRET)
     with on_device(hidden):
+        if named is not None:
+            _zero_kernel[(triton.cdiv(vocab, ZEROED),)](
+                named, *to, dweight_stride, vocab, width, ZEROED, COLUMNS, *flags[:2], num_warps=4
+            )
         _runs_kernel[(runs * slices,)](
             hidden,
             *sorted_entries,
@@ -281,7 +317,28 @@ def compile_cases() -> list[CompileCase]:
         add = dtype != into
         for kernel, name in ((_runs_kernel, "runs"), (_joins_kernel, "joins")):
             cases.append(_gradient_case(kernel, name, dtype, into, add))
+        if not add:
+            cases.append(_zero_case(dtype))
     return cases
+
+
+def _zero_case(dtype: str) -> CompileCase:
+    constants = {"ROWS": ZEROED, "COLUMNS": COLUMNS, "NEED_WEIGHT": True, "NEED_BIAS": True}
+    return CompileCase(
+        name=f"sparse-head-zero-{dtype}",
+        kernel=_zero_kernel,
+        signature={
+            "named": "*u8",
+            "dweight": f"*{dtype}",
+            "dbias": "*fp32",
+            **dict.fromkeys(("dweight_stride", "vocab", "width"), "i32"),
+            **dict.fromkeys(constants, "constexpr"),
+        },
+        constexprs=constants,
+        num_warps=4,
+        max_registers=64,
+        divisible=("named", "dweight", "dbias", "dweight_stride", "vocab", "width"),
+    )
 
 
 def _gradient_case(kernel: object, name: str, dtype: str, into: str, add: bool) -> CompileCase:

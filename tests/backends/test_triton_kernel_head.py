@@ -151,13 +151,22 @@ def compare_losses(problem: Problem, scalars: Scalars, need_weight: bool, denomi
 
 def test_room_is_used_as_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise the cases above would test one path under four names."""
-    monkeypatch.setattr(head_walk, "KEPT_BYTES", 2 * V * 2)
     weight = torch.randn(V, 4, dtype=torch.bfloat16)
     head = Head(weight, None, *PLAIN)
-    assert [part.rows for part in head_walk.room_for(11, torch.empty_like(weight), head)] == [slice(0, 4), slice(4, 6)]
-    assert [part.rows for part in head_walk.room_for(3, torch.empty_like(weight), head)] == [slice(0, 3)]
-    assert [part.rows for part in head_walk.room_for(11, None, head)] == [slice(0, 2)]
-    assert head_walk.room_for(11, weight, Head(weight, None, 1.0, 1.0, 3.0)) == []
+    columns = 304  # V, its last row rounded up to a multiple of 16
+    monkeypatch.setattr(head_walk, "KEPT_BYTES", 2 * columns * 2)
+
+    def rows_kept(rows: int, dweight: Tensor | None, head: Head = head) -> tuple[int, int]:
+        blocks = head_walk.Blocks(rows, V, weight.dtype)
+        kept = head_walk.room_for(rows, dweight, head, blocks)
+        assert (kept.inside is None, kept.beside is None) == (kept.inside_rows == 0, kept.inside_rows == kept.rows)
+        return kept.inside_rows, kept.rows
+
+    # Of the last block's 44 columns each row takes 48, and dW has 4 x 44 elements there: room for 3 rows.
+    assert rows_kept(11, torch.empty_like(weight)) == (3, 5)
+    assert rows_kept(2, torch.empty_like(weight)) == (2, 2)
+    assert rows_kept(11, None) == (0, 2)
+    assert rows_kept(11, weight, Head(weight, None, 1.0, 1.0, 3.0)) == (0, 0)
 
 
 def test_small_gradients_survive_fp16() -> None:
@@ -168,12 +177,15 @@ def test_small_gradients_survive_fp16() -> None:
     compare_losses(problem, PLAIN, True, 3e6)
 
 
+def keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("asyncopd.kernels.head_loss.room_for", lambda *_: head_walk.NOTHING)
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_infinite_and_nan_logits(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """-inf bias: no probability and no gradient. A NaN row is its own affair if its coefficients are 0."""
     if not kept:
-        monkeypatch.setattr(head_walk, "room_for", lambda *_: [])
-        monkeypatch.setattr("asyncopd.kernels.head_loss.room_for", lambda *_: [])
+        keep_nothing(monkeypatch)
     problem = Problem(mask=False)
     assert problem.bias is not None
     problem.bias[torch.arange(V) % 3 == 0] = -INF
@@ -205,14 +217,29 @@ def test_no_rows_and_no_valid_rows() -> None:
     assert [tuple(t.shape) for t in empty] == [(0, K), (0,)]
 
 
-def test_blocks_cover_the_vocabulary_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_walk, "TILE_ELEMENTS", 1 << 25)
-    for rows, vocab in ((1, 1), (8192, 151_936), (64, 151_936), (0, 100), (10**6, 1000), (4096, 262_144)):
-        blocks = list(head_walk.column_blocks(rows, vocab))
-        assert [0, *(cols.stop for cols in blocks)] == [*(cols.start for cols in blocks), vocab]
-        widest = blocks[0].stop
-        assert widest % head_walk.tile_columns(rows, vocab) == 0 or len(blocks) == 1
-        assert widest <= max(128, vocab // 2)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_cover_the_vocabulary_once(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_walk, "TILE_ELEMENTS", 1 << 26)
+    bound = 1 << 26 if dtype != torch.float32 else 1 << 25
+    for rows, vocab in ((1, 1), (8192, 151_936), (64, 151_936), (0, 100), (10**6, 1000), (4096, 262_144), (8192, 8320)):
+        plan = head_walk.Blocks(rows, vocab, dtype)
+        cols = [block.cols for block in plan.blocks]
+        assert [0, *(c.stop for c in cols)] == [*(c.start for c in cols), vocab]
+        assert all(c.start % head_walk.MULTIPLE == 0 for c in cols)
+        widths = [block.width for block in plan.blocks]
+        assert max(widths) == plan.widest
+        assert max(widths) - min(widths) <= 2 * head_walk.MULTIPLE
+        # As few as the bound allows, but for what a block is at least.
+        allowed = max(head_walk.MULTIPLE, bound // max(1, rows) // head_walk.MULTIPLE * head_walk.MULTIPLE)
+        assert len(cols) == -(-vocab // allowed)
+        firsts = [block.first_tile for block in plan.blocks]
+        assert [*firsts, plan.tiles] == [0, *(b.first_tile + b.tiles for b in plan.blocks)]
+        assert all(block.tiles * plan.tile >= block.width > (block.tiles - 1) * plan.tile for block in plan.blocks)
+
+
+def test_tiles_leave_few_lanes_idle() -> None:
+    widths = (1, 127, 129, 1000, 1500, 4096, 4224, 8064, 151_936)
+    assert [head_walk.tile_columns(width) for width in widths] == [128, 128, 256, 1024, 2048, 4096, 1024, 4096, 4096]
 
 
 @pytest.mark.parametrize("need_weight", [True, False], ids=["kept", "multiplied again"])
@@ -241,7 +268,7 @@ def test_a_row_without_mass_has_no_nan() -> None:
 def test_what_is_infinite_shows_where_the_reference_shows_it(kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """+inf at one column of one row; NaN all over another."""
     if not kept:
-        monkeypatch.setattr("asyncopd.kernels.head_loss.room_for", lambda *_: [])
+        keep_nothing(monkeypatch)
     problem = Problem(mask=False, bias=False)
     problem.hidden[3], problem.hidden[4] = 0.0, NAN
     problem.hidden[3, 0], problem.weight[:, 0] = INF, -1.0
@@ -253,14 +280,3 @@ def test_what_is_infinite_shows_where_the_reference_shows_it(kept: bool, monkeyp
     actual = kernels.linear_kl(*on_device(*arguments), *how)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a.cpu().isnan(), e.isnan())
-
-
-def test_tiles_shrink_with_the_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_walk, "TILE_ELEMENTS", 1 << 25)
-    assert [head_walk.tile_columns(rows, 151_936) for rows in (1, 8192, 8193, 65_536, 10**9)] == [
-        4096,
-        4096,
-        2048,
-        512,
-        128,
-    ]
