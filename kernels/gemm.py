@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import DTYPES, INTERPRET, cdiv, launch
+from asyncopd.kernels.launch import DEVICE_TYPE, DTYPES, INTERPRET, cdiv, launch
 from asyncopd.kernels.numeric import to_storage
 from asyncopd.kernels.tuning import choose
 
@@ -309,10 +309,9 @@ def _check(a: Tensor, b: Tensor, out: Tensor, count: Tensor | None, counted: str
         raise ValueError(f"out: got {out.dtype} {list(out.shape)}, expected {expected}")
     if out.stride(1) != 1 and out.shape[1] > 1:
         raise ValueError(f"out: got column stride {out.stride(1)}, expected 1")
-    device = "cpu" if INTERPRET else "cuda"
     for name, tensor in (("a", a), ("b", b), ("out", out), ("count", count)):
-        if tensor is not None and (tensor.device != a.device or tensor.device.type != device):
-            raise ValueError(f"{name}: got device {tensor.device}, expected {device}, the same for all")
+        if tensor is not None and (tensor.device != a.device or tensor.device.type != DEVICE_TYPE):
+            raise ValueError(f"{name}: got device {tensor.device}, expected {DEVICE_TYPE}, the same for all")
     if counted not in ("rows", "depth"):
         raise ValueError(f"counted: got {counted!r}, expected 'rows' or 'depth'")
     if count is not None and (count.dim() != 0 or count.dtype not in (torch.int32, torch.int64)):

@@ -17,6 +17,7 @@ from triton.runtime import JITFunction, driver
 
 # Decided when Triton decorates the kernels, so it is read once.
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE_TYPE = "cpu" if INTERPRET else "cuda"  # of the tensors that kernels take
 LARGEST = torch.finfo(torch.float32).max
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -202,8 +203,8 @@ def check_logits(logits: Tensor) -> Tensor:
     """
     if logits.dtype not in DTYPES:
         raise TypeError(f"logits: got {logits.dtype}, expected float32, bfloat16 or float16")
-    if not (logits.is_cpu if INTERPRET else logits.is_cuda):
-        raise ValueError(f"logits: got device {logits.device}, expected {'cpu' if INTERPRET else 'cuda'}")
+    if not (logits.is_cuda if DEVICE_TYPE == "cuda" else logits.is_cpu):
+        raise ValueError(f"logits: got device {logits.device}, expected {DEVICE_TYPE}")
     return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
