@@ -35,7 +35,7 @@ def topk(case: Case) -> None:
 SAMPLE_OPTIONS = {
     "dtype": FLOATS,
     "vocab": VOCABS,
-    "head": (16, 0, 1),
+    "head": (16, 0),
     "num_samples": (48, 1, 0),
     "seed": ("int", "tensor"),
     "sampled_ids": (None, "int64", "int32"),

@@ -1,18 +1,16 @@
 """What can be wrong with launches that raised nothing."""
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
+from bench.compile_gpu import machine_code
 from bench.launch_check.driver import Compiled
-
-_FP64_PTX = re.compile(r"^\s*(?:@\S+ )?\w[\w.]*\.f64\b", re.M)
 
 
 def fp64(kernel: Compiled) -> list[str]:
     """Arguments of 64 bits: kernels take fp32, and a GPU computes fp64 at a 64th of its rate. And the arithmetic."""
     found = [f"argument {name} is {kind}" for name, kind in kernel.types.items() if kind.lstrip("*") == "fp64"]
-    if count := len(_FP64_PTX.findall(kernel.ptx.read_text())):
+    if count := machine_code.read_ptx(kernel.ptx.read_text()).fp64_instructions:
         found.append(f"{count} fp64 instructions in its PTX")
     return [f"{kernel.name}: {what}" for what in found]
 

@@ -13,7 +13,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 FLOATS = ("bf16", "fp16", "fp32")
 IDS = {"int64": torch.int64, "int32": torch.int32}
 # A multiple of 16, by which Triton specialises, and at which blocks have the size that they have in use; and not one.
-VOCABS = (151_936, 50_257)
+VOCABS = (151_936, 999)
 LAYOUTS = ("contiguous", "rows apart", "transposed", "rows 2^31 apart")
 # A stride of more than 32 bits needs no memory where there is one row.
 FAR_ROWS = Rule(("layout", "rows"), lambda layout, rows: layout != "rows 2^31 apart" or rows == 1)

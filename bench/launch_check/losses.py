@@ -144,10 +144,7 @@ LOSSES: dict[str, tuple[str | None, dict[str, Any]]] = {
 HEAD_OPTIONS = {
     "loss": tuple(LOSSES),
     "dtype": FLOATS,
-    "vocab": (HEAD_VOCAB, 999),
     "teacher": ("fp32", "bf16", "fp64"),
-    "ids": tuple(IDS),
-    "k": (64, 1),
     "mask": (None, "bool", "int"),
     "metrics": (False, True),
     "reduction": REDUCTIONS,
@@ -156,31 +153,36 @@ HEAD_OPTIONS = {
     "temperature": (1.0, 0.7),
     "logit_scale": (1.0, 0.5),
     "softcap": (None, 30.0),
-    "hidden": ("contiguous", "rows apart", "transposed"),
-    "weight": ("contiguous", "rows apart", "transposed"),
+    "hidden": ("contiguous", "rows apart"),
+    "weight": ("contiguous", "transposed"),
     "rows": (6, 1),
+    "ids": tuple(IDS),
 }
 
 
 def through_head(case: Case) -> None:
-    _through_head(case, case["vocab"], None)
+    _through_head(case, HEAD_VOCAB, None)
 
 
-SHARDED_OPTIONS = {name: HEAD_OPTIONS[name] for name in HEAD_OPTIONS if name not in ("vocab", "hidden", "weight")}
+# What a shard changes is which ids are here; how layouts and sizes are launched is seen above.
+_OF_A_SHARD = ("loss", "dtype", "mask", "reduction", "trains", "bias", "temperature", "softcap", "rows")
+SHARDED_OPTIONS = {name: HEAD_OPTIONS[name] for name in _OF_A_SHARD}
 
 
 def through_sharded_head(case: Case) -> None:
     """Ids of the first of two shards and of the second."""
-    _through_head({**case, "hidden": "contiguous", "weight": "contiguous"}, 999, LonelyShard.of_sizes(999, 500))
+    others = {"teacher": "fp32", "metrics": False, "logit_scale": 1.0, "ids": "int64"}
+    layouts = {"hidden": "contiguous", "weight": "contiguous"}
+    _through_head({**case, **others, **layouts}, HEAD_VOCAB, LonelyShard.of_sizes(HEAD_VOCAB, 500))
 
 
 def _through_head(case: Case, vocab: int, shard: LonelyShard | None) -> None:
-    rows, dtype, trains = case["rows"], case["dtype"], case["trains"]
+    k, rows, dtype, trains = 64, case["rows"], case["dtype"], case["trains"]
     draw, options = LOSSES[case["loss"]]
     options = dict(options)
     if "correction" in options:
         kind, advantage = options["correction"]
-        options["correction"] = correction_of(kind, advantage, torch.Size((rows, case["k"])))
+        options["correction"] = correction_of(kind, advantage, torch.Size((rows, k)))
     bias = head_bias(case, vocab)
     is_forward = case["loss"].startswith("forward")
     function: Any
@@ -193,7 +195,7 @@ def _through_head(case: Case, vocab: int, shard: LonelyShard | None) -> None:
     loss = function(
         wants_grad(matrix(rows, WIDTH, dtype, case["hidden"]), trains != "weight"),
         wants_grad(matrix(vocab, WIDTH, dtype, case["weight"]), trains != "hidden"),
-        support(case, rows, case["k"], vocab if shard is None else shard.vocab, draw),
+        support(case, rows, k, vocab if shard is None else shard.vocab, draw),
         mask=some_mask(rows, case["mask"]),
         return_metrics=case["metrics"],
         bias=None if bias is None else wants_grad(bias),
