@@ -139,6 +139,7 @@ CASES: tuple[Case, ...] = (
     Case("gather", EMBEDDED, 1024, "ci"),
     GATHER,
     Case("gather", QWEN3_06B, 128, "full", BF16),
+    Case("kl", QWEN3_06B, 64, "ci"),
     KL,
     Case("exact_head", EMBEDDED, 1024, "ci"),
     EXACT_HEAD,
