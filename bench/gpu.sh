@@ -32,7 +32,7 @@
 #   PYTHON           the interpreter (python3)
 #   WHEELS           a folder of wheels to install into the virtual environment first
 #   CACHE            a triton-cache.tar.gz of an earlier run (that of $OUT)
-#   WORKERS          processes of pytest, where pytest-xdist is there (14, at most the number of cores)
+#   WORKERS          processes of smoke, and of pytest where pytest-xdist is there (14, at most the number of cores)
 #   PEERS            1: the step peers too, in the time that is left (0)
 #   LIMIT_S          seconds for all steps together (360)
 #   ASYNCOPD_COMMIT  what the results are of, where the checkout has no .git
@@ -98,7 +98,7 @@ print(f"torch {__version__},", cuda.get_device_name() if cuda.is_available() els
 }
 
 step_smoke() {
-    "$python" -m bench.smoke --device "$DEVICE" --backends "${BACKENDS// /,}"
+    "$python" -m bench.smoke --device "$DEVICE" --backends "${BACKENDS// /,}" --jobs "$WORKERS"
 }
 
 step_host() {

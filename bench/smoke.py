@@ -4,15 +4,19 @@ Forward and backward in bf16 and fp32, 64 rows, a vocabulary of 1,000 and one of
 measured runs and is right to a few digits; the tests are the ones that look at every digit.
 
 Exit status: 0 all is right; 1 some values are wrong; 3 an op broke, which ends the process with the op's name: after a
-fault on a device nothing that it returns can be believed.
+fault on a device nothing that it returns can be believed. With a cold cache of Triton's nearly all of the time is that
+of its compiler (about 160 kernels), so --jobs shares the calls out to processes.
 """
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated
+from functools import cache
+from typing import Annotated, NoReturn
 
 import torch
 import typer
@@ -209,55 +213,75 @@ def difference(name: str, actual: Tensor, expected: Tensor, dtype: torch.dtype) 
     return None
 
 
-def check(backend: str, device: torch.device) -> list[str]:
-    """What is wrong, one line each; an op that the backend has not is said and left out."""
-    wrong = []
-    for vocab in VOCABULARIES:
-        for dtype in DTYPES:
-            inputs = Inputs.of(vocab, dtype, device)
-            for name, op in OPS.items():
-                where = f"{name} on {backend}, V={vocab}, {str(dtype).removeprefix('torch.')}"
-                try:
-                    actual = on(backend, op, inputs)
-                except backends.BackendUnavailable as reason:
-                    if (vocab, dtype) == (VOCABULARIES[0], DTYPES[0]):
-                        print(f"{where}: left out: {reason}", flush=True)
-                    continue
-                except Exception as failure:
-                    _broke(where, failure)
-                expected = on("reference", op, inputs)
-                for part, value in actual.items():
-                    if fault := difference(part, value, expected[part], dtype):
-                        wrong.append(f"{where}: {fault}")
-                        print(wrong[-1], flush=True)
-    return wrong
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Every `of`-th of all calls, from `number` on: kernels are compiled when they are first called, by one process."""
+
+    number: int = 0
+    of: int = 1
 
 
-def _broke(where: str, failure: Exception) -> None:
+def check(backend: str, device: torch.device, share: Share) -> tuple[int, list[str]]:
+    """How many calls were made, and what is wrong, a line each; an op that the backend has not is left out."""
+    calls, wrong = 0, []
+    cases = [(op, vocab, dtype) for op in OPS for vocab in VOCABULARIES for dtype in DTYPES]
+    inputs = cache(Inputs.of)
+    for op, vocab, dtype in cases[share.number :: share.of]:
+        where = f"{op} on {backend}, V={vocab}, {str(dtype).removeprefix('torch.')}"
+        arguments = inputs(vocab, dtype, device)
+        try:
+            actual = on(backend, OPS[op], arguments)
+        except backends.BackendUnavailable as reason:
+            print(f"{where}: left out: {reason}", flush=True)
+            continue
+        except Exception as failure:
+            _broke(where, failure)
+        calls += 1
+        expected = on("reference", OPS[op], arguments)
+        for part, value in actual.items():
+            if fault := difference(part, value, expected[part], dtype):
+                wrong.append(f"{where}: {fault}")
+                print(wrong[-1], flush=True)
+    return calls, wrong
+
+
+def _broke(where: str, failure: Exception) -> NoReturn:
     print(f"{where}: BROKE: {type(failure).__name__}: {failure}", flush=True)
     sys.stdout.flush()
     # What a failed device has left in the interpreter may not even be freed.
     os._exit(BROKE)
 
 
+def shared_out(arguments: list[str], jobs: int) -> int:
+    """The same by as many processes, each with its share; the worst of their statuses."""
+    command = [sys.executable, "-m", "bench.smoke", *arguments, "--share"]
+    with ThreadPoolExecutor(jobs) as pool:
+        done = list(pool.map(lambda i: subprocess.run([*command, f"{i}/{jobs}"]).returncode, range(jobs)))
+    # A process that a signal ended, in the midst of a call, has not said which.
+    return max(BROKE if status < 0 else status for status in done)
+
+
 def main(
     device: Annotated[str, typer.Option(help="cuda or cpu")] = "cuda",
     names: Annotated[str, typer.Option("--backends", help="of asyncopd, separated by commas")] = "triton",
+    jobs: Annotated[int, typer.Option(help="processes that share the calls out, and with them the compiling")] = 1,
+    share: Annotated[str, typer.Option(help="NUMBER/OF: this share of the calls alone")] = "0/1",
 ) -> None:
     """Every op once on every backend, beside the reference."""
-    wrong = []
+    if jobs > 1:
+        raise typer.Exit(shared_out(["--device", device, "--backends", names], jobs))
+    number, of = map(int, share.split("/"))
+    status = 0
     for backend in names.split(","):
         if reason := backends.unavailable_reason(backend):
             print(f"{backend}: cannot run here: {reason}")
             raise typer.Exit(1)
         begin = time.perf_counter()
-        faults = check(backend, torch.device(device))
-        wrong += faults
-        what = f"{len(faults)} wrong" if faults else "right"
-        print(f"{backend}: {len(OPS)} calls of {len(VOCABULARIES) * len(DTYPES)} kinds {what}, ", end="")
-        print(f"{time.perf_counter() - begin:.1f} s", flush=True)
-    if wrong:
-        raise typer.Exit(1)
+        calls, wrong = check(backend, torch.device(device), Share(number, of))
+        what = f"{len(wrong)} wrong values" if wrong else "right"
+        print(f"{backend}: {calls} calls, {what}, {time.perf_counter() - begin:.1f} s", flush=True)
+        status = max(status, int(bool(wrong)))
+    raise typer.Exit(status)
 
 
 if __name__ == "__main__":
