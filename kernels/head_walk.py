@@ -250,7 +250,8 @@ class Walk:
     def backward(self, grad: Tensor, logprobs: Tensor, lse: Tensor, kept: list[Kept], gradients: Gradients) -> None:
         """Gradients of sum(grad * log p), grad [rows, K]; `at_ids` holds y at the ids, by the forward or the caller."""
         rows, weight = self.hidden.shape[0], self.head.weight
-        grad = grad.masked_fill(self.ids == PAD, 0.0)
+        # kl_rows computes in fp64 where a score of the teacher is fp64; the kernels here take fp32.
+        grad = grad.to(torch.float32).masked_fill(self.ids == PAD, 0.0)
         totals = grad.sum(dim=1)
         unit = None
         if weight.dtype == torch.float16:
