@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
 
 from asyncopd import kernels
 from asyncopd.backends import reference
@@ -147,6 +148,24 @@ def compare_losses(problem: Problem, scalars: Scalars, need_weight: bool, denomi
     torch.testing.assert_close(actual[1].cpu().double(), expected[1], rtol=5e-3, atol=5e-6)  # p99 is a histogram's
     for a, e in zip(actual[2:], expected[2:], strict=True):
         close(a, e, problem.hidden.dtype)
+
+
+@pytest.mark.skipif(not kernels.launch.INTERPRET, reason="on a GPU the compiler refuses fp64 in these kernels")
+def test_no_kernel_is_given_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher in fp64 makes the coefficients fp64. The interpreter promotes what the compiler would refuse."""
+    given = []
+    launch = GridExecutor.__call__
+
+    def recording(self: GridExecutor, *arguments: Any, **options: Any) -> None:
+        given.extend(a.dtype for a in (*arguments, *options.values()) if isinstance(a, Tensor))
+        launch(self, *arguments, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", recording)
+    problem = Problem()
+    problem.teacher = problem.teacher.double()
+    compare_losses(problem, (1.3, -0.4, 3.0), True, 4.0)
+    assert torch.float32 in given
+    assert torch.float64 not in given
 
 
 def test_room_is_used_as_meant(monkeypatch: pytest.MonkeyPatch) -> None:
