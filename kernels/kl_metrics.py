@@ -18,7 +18,7 @@ from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.kl_divergence import row_sum
-from asyncopd.kernels.launch import on_device
+from asyncopd.kernels.launch import cdiv, launch
 from asyncopd.kernels.numeric import INF, exp_precise, sum_pair
 
 COARSE = 256  # bins of the exponent
@@ -150,12 +150,10 @@ def _metrics_kernel(
 
 def launch_metrics(sums: Tensor, bins: Tensor, histogram: Tensor, metrics: Tensor) -> None:
     """sums [SUMS, programs], bins [N, K] and histogram [COARSE + FINE] as `measure` left them -> metrics [SUMS]."""
-    programs = sums.shape[1]
-    with on_device(metrics):
-        _fine_kernel[(triton.cdiv(bins.numel(), FINE_BLOCK),)](
-            bins, histogram, bins.numel(), COARSE, FINE, FINE_BLOCK, num_warps=4
-        )
-        _metrics_kernel[(SUMS,)](sums, histogram, metrics, programs, COARSE, FINE, REDUCE_BLOCK, num_warps=REDUCE_WARPS)
+    programs, entries = sums.shape[1], bins.numel()
+    launch(_fine_kernel, cdiv(entries, FINE_BLOCK), bins, histogram, entries, COARSE, FINE, FINE_BLOCK, num_warps=4)
+    blocks = (COARSE, FINE, REDUCE_BLOCK)
+    launch(_metrics_kernel, SUMS, sums, histogram, metrics, programs, *blocks, num_warps=REDUCE_WARPS)
 
 
 def compile_cases() -> list[CompileCase]:
