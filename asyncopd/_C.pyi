@@ -139,8 +139,25 @@ def cpu_linear_gather_logits_backward(
     threads: int,
     isa: int = -1,
 ) -> int: ...
+
+class KlOptions:
+    def __init__(
+        self,
+        *,
+        divergence: int,
+        tail: int,
+        baseline: int,
+        sampled: bool,
+        head_is_certain: bool,
+        needs_policy: bool,
+        behaviour: bool,
+        ratio_cap: float,
+        clip_eps: float,
+        m2_budget: float,
+        proximal_cap: float,
+    ) -> None: ...
+
 def cpu_kl_rows(
-    *,
     student: int,
     teacher: int,
     log_weights: int,
@@ -150,23 +167,16 @@ def cpu_kl_rows(
     proximal: int,
     rows: int,
     num_ids: int,
-    divergence: int,
-    tail: int,
-    baseline: int,
-    sampled: bool,
-    head_is_certain: bool,
-    needs_policy: bool,
-    behaviour: bool,
-    ratio_cap: float,
-    clip_eps: float,
-    m2_budget: float,
-    proximal_cap: float,
+    options: KlOptions,
+    denominator: float,
     losses: int,
+    loss: int,
     coef: int,
     metrics: int,
     threads: int,
     isa: int = -1,
 ) -> int: ...
+def cpu_scale_rows(values: int, rows: int, columns: int, factors: int, stride: int, threads: int) -> None: ...
 
 # Only where `cuda` is true.
 def cuda_gather_logprobs(

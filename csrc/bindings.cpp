@@ -92,16 +92,16 @@ int cpu_linear_gather_logits_backward(uintptr_t grad, uintptr_t logits, uintptr_
 }
 
 int cpu_kl_rows(uintptr_t student, uintptr_t teacher, uintptr_t log_weights, uintptr_t ids, int id_type, uintptr_t mask,
-                uintptr_t proximal, int64_t rows, int64_t num_ids, int divergence, int tail, int baseline, bool sampled,
-                bool head_is_certain, bool needs_policy, bool behaviour, double ratio_cap, double clip_eps,
-                double m2_budget, double proximal_cap, uintptr_t losses, uintptr_t coef, uintptr_t metrics, int threads,
-                int isa) {
-  const KlOptions options{divergence, tail,      baseline, sampled,   head_is_certain, needs_policy,
-                          behaviour,  ratio_cap, clip_eps, m2_budget, proximal_cap};
+                uintptr_t proximal, int64_t rows, int64_t num_ids, const KlOptions& options, double denominator,
+                uintptr_t losses, uintptr_t loss, uintptr_t coef, uintptr_t metrics, int threads, int isa) {
   return asyncopd_cpu_kl_rows(pointer<float>(student), pointer<float>(teacher), pointer<float>(log_weights),
                               pointer<void>(ids), id_type, pointer<uint8_t>(mask), pointer<float>(proximal), rows,
-                              num_ids, &options, pointer<float>(losses), pointer<float>(coef), pointer<float>(metrics),
-                              threads, isa);
+                              num_ids, &options, denominator, pointer<float>(losses), pointer<float>(loss),
+                              pointer<float>(coef), pointer<float>(metrics), threads, isa);
+}
+
+void cpu_scale_rows(uintptr_t values, int64_t rows, int64_t columns, uintptr_t factors, int64_t stride, int threads) {
+  asyncopd_cpu_scale_rows(pointer<float>(values), rows, columns, pointer<float>(factors), stride, threads);
 }
 
 void cpu_populate(uintptr_t memory, int64_t bytes, int threads) {
@@ -185,12 +185,22 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("dbias"), py::arg("threads"), py::arg("isa") = -1);
   m.def("cpu_populate", &cpu_populate, py::call_guard<py::gil_scoped_release>(), py::arg("memory"), py::arg("bytes"),
         py::arg("threads"));
-  m.def("cpu_kl_rows", &cpu_kl_rows, py::call_guard<py::gil_scoped_release>(), py::kw_only(), py::arg("student"),
-        py::arg("teacher"), py::arg("log_weights"), py::arg("ids"), py::arg("id_type"), py::arg("mask"),
-        py::arg("proximal"), py::arg("rows"), py::arg("num_ids"), py::arg("divergence"), py::arg("tail"),
-        py::arg("baseline"), py::arg("sampled"), py::arg("head_is_certain"), py::arg("needs_policy"),
-        py::arg("behaviour"), py::arg("ratio_cap"), py::arg("clip_eps"), py::arg("m2_budget"), py::arg("proximal_cap"),
-        py::arg("losses"), py::arg("coef"), py::arg("metrics"), py::arg("threads"), py::arg("isa") = -1);
+  // An object, made once for each set of options: eleven arguments by name at every call would cost 2 us.
+  py::class_<KlOptions>(m, "KlOptions")
+      .def(py::init([](int divergence, int tail, int baseline, bool sampled, bool head_is_certain, bool needs_policy,
+                       bool behaviour, double ratio_cap, double clip_eps, double m2_budget, double proximal_cap) {
+             return KlOptions{divergence, tail,      baseline, sampled,   head_is_certain, needs_policy,
+                              behaviour,  ratio_cap, clip_eps, m2_budget, proximal_cap};
+           }),
+           py::kw_only(), py::arg("divergence"), py::arg("tail"), py::arg("baseline"), py::arg("sampled"),
+           py::arg("head_is_certain"), py::arg("needs_policy"), py::arg("behaviour"), py::arg("ratio_cap"),
+           py::arg("clip_eps"), py::arg("m2_budget"), py::arg("proximal_cap"));
+  m.def("cpu_kl_rows", &cpu_kl_rows, py::call_guard<py::gil_scoped_release>(), py::arg("student"), py::arg("teacher"),
+        py::arg("log_weights"), py::arg("ids"), py::arg("id_type"), py::arg("mask"), py::arg("proximal"),
+        py::arg("rows"), py::arg("num_ids"), py::arg("options"), py::arg("denominator"), py::arg("losses"),
+        py::arg("loss"), py::arg("coef"), py::arg("metrics"), py::arg("threads"), py::arg("isa") = -1);
+  m.def("cpu_scale_rows", &cpu_scale_rows, py::call_guard<py::gil_scoped_release>(), py::arg("values"),
+        py::arg("rows"), py::arg("columns"), py::arg("factors"), py::arg("stride"), py::arg("threads"));
 #ifdef ASYNCOPD_WITH_CUDA
   m.attr("cuda") = true;
   m.def("cuda_gather_logprobs", &cuda_gather_logprobs, py::call_guard<py::gil_scoped_release>(), py::arg("logits"),

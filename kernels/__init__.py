@@ -16,10 +16,11 @@ if importlib.util.find_spec("triton") is not None:
     from asyncopd.kernels.gather import gather_logprobs, gather_logprobs_backward
     from asyncopd.kernels.head import linear_gather_logprobs, linear_gather_logprobs_backward, linear_logsumexp
     from asyncopd.kernels.head_loss import linear_kl
-    from asyncopd.kernels.kl import kl_rows
+    from asyncopd.kernels.kl import kl_loss, kl_rows
     from asyncopd.kernels.linear_topk import linear_topk_logprobs
     from asyncopd.kernels.sample import sample_support
     from asyncopd.kernels.scale import scale_gradient_
+    from asyncopd.kernels.scale_rows import scale_rows_
     from asyncopd.kernels.sparse_head import (
         linear_gather_logits,
         linear_gather_logits_backward,
@@ -30,6 +31,7 @@ if importlib.util.find_spec("triton") is not None:
     __all__ = [
         "gather_logprobs",
         "gather_logprobs_backward",
+        "kl_loss",
         "kl_rows",
         "linear_gather_logits",
         "linear_gather_logits_backward",
@@ -41,6 +43,7 @@ if importlib.util.find_spec("triton") is not None:
         "linear_topk_logprobs",
         "sample_support",
         "scale_gradient_",
+        "scale_rows_",
         "topk_logprobs",
         "unavailable_reason",
     ]

@@ -1,4 +1,4 @@
-"""The [N, K] loss: row losses, the coefficients that are their gradient, and metrics.
+"""The [N, K] loss: row losses or their sum, the coefficients that are their gradient, and metrics.
 
     reverse   R = sum_i w_i p_i A_i,  A_i = log p_i - log q_i      c_i = w_i p_i (A_i - b)
     forward   F = sum_i w_i q_i (log q_i - log p_i)                c_i = -w_i q_i
@@ -13,12 +13,14 @@ M2PO a pass of its own (20 read, 4 written) and a sort of 8-byte keys. Two to fi
 
 A program is a block of about 512 entries in registers, whole rows of it: 8 rows of K = 64, 512 of K = 1. A thread holds
 4 adjacent entries, or 16 bytes of scores, and the 16 threads of such a row sum it by shuffles. What a row's result is
-does not depend on the other rows.
+does not depend on the other rows. For the loss as one number each program writes a sum, and a second kernel adds them:
+in the same order whatever the device does first.
 """
 
 import math
-from typing import Any
+from functools import lru_cache
 
+import numpy
 import torch
 import triton
 import triton.language as tl
@@ -26,51 +28,47 @@ from torch import Tensor
 
 from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference.kl import check_weights, second_moment_threshold
-from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.kl_divergence import forward_rows, less, log_mass, log_ratio_or_zero, tailed_reverse_rows
 from asyncopd.kernels.kl_metrics import COARSE, FINE, SUMS, launch_metrics, measure
 from asyncopd.kernels.kl_reverse import advantage, baseline, behaviour_logprobs, clip, corrected_log_weight, score
-from asyncopd.kernels.launch import DTYPES, INTERPRET, on_device, padded, warps_for
-from asyncopd.kernels.numeric import INF, exp_precise
-from asyncopd.kernels.summary import row_start
+from asyncopd.kernels.launch import DEVICE_TYPE, DTYPES, Prepared, cdiv, padded, warps_for
+from asyncopd.kernels.numeric import INF, exp_precise, sum_pair
 
 ENTRIES = 512  # of a program, where a row is not longer
 MAX_IDS = 2048  # of a row: it is one block, and 512 threads have 4 entries each
+TOTAL_BLOCK = 1024  # programs whose sums are added at a time
 
 
 @triton.jit
-def load_scores(pointer, rows, row_stride, columns, column_stride, inside, there, nothing):
-    """A block of a matrix of any layout as fp32; `nothing` where there is no entry, whatever stands there."""
-    at = row_start(pointer, rows, row_stride)[:, None] + columns.to(tl.int64)[None, :] * column_stride
-    return tl.where(there, tl.load(at, mask=inside, other=0.0).to(tl.float32), nothing)
+def load_scores(pointer, at, inside, there, nothing):
+    """A block of a contiguous matrix as fp32; `nothing` where there is no entry, whatever stands there."""
+    return tl.where(there, tl.load(pointer + at, mask=inside, other=0.0).to(tl.float32), nothing)
 
 
 @triton.jit
+def inverse_of(denominator):  # [] of any dtype
+    """1 / denominator; 1 where that is not above 0: the sum is 0 then, and its gradient must not be 0 / 0."""
+    by = tl.load(denominator).to(tl.float32)
+    return tl.div_rn(1.0, tl.where(by > 0.0, by, 1.0))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
 def _kl_kernel(
-    student,  # [N, K] fp32, bf16 or fp16, any strides, as all inputs: log p, or logits if normalize is "sampled"
+    student,  # [N, K] fp32, bf16 or fp16, contiguous, as all inputs: log p, or logits if normalize is "sampled"
     teacher,  # [N, K] log q
     log_weights,  # [N, K] log w
     ids,  # [N, K] int32 or int64, below 0 for a pad
     mask,  # [N] uint8, or None
     proximal,  # [N, K] log p_prox, or None
     threshold,  # scalar fp32, or None: M2PO's tau
-    losses,  # [N] fp32
+    denominator,  # () of any dtype, or None: what the loss and its coefficients are divided by
+    losses,  # [N] fp32, or with TOTAL [programs]: sums over a program's rows, divided
     coef,  # [N, K] fp32; if SEEKS: the log-ratios that a clip could bind, else 0
     sums,  # [SUMS, programs] fp32, or None: without metrics
     bins,  # [N, K] int16, or None
     histogram,  # [COARSE + FINE] int64, or None
-    student_row,
-    student_column,
-    teacher_row,
-    teacher_column,
-    weights_row,
-    weights_column,
-    ids_row,
-    ids_column,
-    mask_stride,
-    proximal_row,
-    proximal_column,
     num_rows,
+    inverse,  # 1 / denominator, where that is a number
     num_ids,
     log_cap,
     log_proximal_cap,
@@ -86,25 +84,24 @@ def _kl_kernel(
     BEHAVIOUR: tl.constexpr,
     HAS_CAP: tl.constexpr,
     CLIPS: tl.constexpr,
+    TOTAL: tl.constexpr,
     SEEKS: tl.constexpr,  # the entries that a clip could bind, for M2PO's tau, and nothing else
     COARSE: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     inside = (row < num_rows)[:, None] & (column < num_ids)[None, :]
-    id_at = row_start(ids, row, ids_row)[:, None] + column.to(tl.int64)[None, :] * ids_column
-    valid = tl.load(id_at, mask=inside, other=-1) >= 0
+    at = row.to(tl.int64)[:, None] * num_ids + column[None, :]
+    valid = tl.load(ids + at, mask=inside, other=-1) >= 0
     if mask is not None:
-        counts = tl.load(row_start(mask, row, mask_stride), mask=row < num_rows, other=0) != 0
-        valid &= counts[:, None]
-    log_p = load_scores(student, row, student_row, column, student_column, inside, valid, -INF)
-    log_q = load_scores(teacher, row, teacher_row, column, teacher_column, inside, valid, 0.0)
-    log_w = load_scores(log_weights, row, weights_row, column, weights_column, inside, valid, -INF)
+        valid &= (tl.load(mask + row, mask=row < num_rows, other=0) != 0)[:, None]
+    log_p = load_scores(student, at, inside, valid, -INF)
+    log_q = load_scores(teacher, at, inside, valid, 0.0)
+    log_w = load_scores(log_weights, at, inside, valid, -INF)
     drawn = valid
     if HEAD_IS_CERTAIN:
         drawn = valid & (log_w != 0.0)
     changed = tl.zeros_like(log_p) != 0.0
-    out_at = row_start(coef, row, num_ids)[:, None] + column[None, :]
 
     if DIVERGENCE == "forward":
         loss, c = forward_rows(log_w, log_p, log_q, valid, TAIL)
@@ -119,7 +116,7 @@ def _kl_kernel(
         log_mu = behaviour_logprobs(log_w, valid)
         anchor = log_mu
         if proximal is not None:
-            anchor = load_scores(proximal, row, proximal_row, column, proximal_column, inside, valid, 0.0)
+            anchor = load_scores(proximal, at, inside, valid, 0.0)
         signal = advantage(log_p, log_q, log_mu, valid, BEHAVIOUR)
         # Where the teacher has no mass the divergence is infinite; the value says so, the gradient leaves the term out.
         infinite = signal == INF
@@ -145,12 +142,37 @@ def _kl_kernel(
             bindable = ((centred < 0.0) & (log_ratio > 0.0)) | ((centred > 0.0) & (log_ratio < 0.0))
             c = tl.where(bindable, log_ratio, 0.0)
 
-    tl.store(out_at, c, mask=inside)
-    if not SEEKS:
-        tl.store(losses + row, tl.sum(loss, axis=1), mask=row < num_rows)
+    if denominator is not None:
+        inverse = inverse_of(denominator)
+    if SEEKS:
+        tl.store(coef + at, c, mask=inside)
+    else:
+        tl.store(coef + at, c * inverse, mask=inside)
+        row_losses = tl.sum(loss, axis=1)
+        if TOTAL:
+            total = tl.sum(tl.where(row < num_rows, row_losses, 0.0), axis=0)
+            tl.store(losses + tl.program_id(0), total * inverse)
+        else:
+            tl.store(losses + row, row_losses, mask=row < num_rows)
     if sums is not None:
         key = measure(log_w, log_p, log_q, c, valid, drawn, changed, sums, histogram, COARSE)
-        tl.store(row_start(bins, row, num_ids)[:, None] + column[None, :], key, mask=inside)
+        tl.store(bins + at, key, mask=inside)
+
+
+@triton.jit(do_not_specialize=["programs"])
+def _total_kernel(
+    losses,  # [programs] fp32
+    total,  # () fp32
+    programs,
+    BLOCK: tl.constexpr,
+):
+    lane = tl.arange(0, BLOCK)
+    high, low = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tl.cdiv(programs, BLOCK) * BLOCK, BLOCK):
+        high, error = sum_pair(high, tl.load(losses + start + lane, mask=start + lane < programs, other=0.0))
+        # An infinity has no rounding error.
+        low += tl.where(tl.abs(high) < INF, error, 0.0)
+    tl.store(total, tl.sum(high, axis=0) + tl.sum(low, axis=0))
 
 
 def kl_rows(
@@ -169,70 +191,139 @@ def kl_rows(
     a correction without a policy takes mu = 1/M for entries of log-weight 0.
     """
     _check(student, teacher, log_weights, ids, mask, proximal, spec)
-    if student.device.type == "cpu":
+    losses = torch.empty(ids.shape[0], dtype=torch.float32, device=ids.device)
+    coef, metrics = _run(student, teacher, log_weights, ids, mask, proximal, None, 1.0, losses, spec, total=False)
+    return losses, coef, metrics
+
+
+def kl_loss(
+    student: Tensor,
+    teacher: Tensor,
+    log_weights: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    proximal: Tensor | None,
+    denominator: Tensor | float | None,
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss (), coefficients that are its gradient [N, K], values of a LossMetrics; see the reference's namesake.
+
+    Arguments as `kl_rows`, but not checked again: the losses have checked them.
+    """
+    rows, num_ids = ids.shape
+    if num_ids > MAX_IDS:
+        raise ValueError(f"ids: got shape {list(ids.shape)}, expected [N, K] with K <= {MAX_IDS} on the triton backend")
+    if denominator is None:
+        denominator = float(max(rows, 1)) if mask is None else mask.sum()
+    number = 1.0
+    if not isinstance(denominator, Tensor):
+        number, denominator = _inverse(denominator), None
+    loss = torch.empty((), dtype=torch.float32, device=ids.device)
+    programs = cdiv(rows, block_of(num_ids)[0])
+    # One program's sum is all.
+    losses = loss if programs == 1 else torch.empty(programs, dtype=torch.float32, device=ids.device)
+    coef, metrics = _run(
+        student, teacher, log_weights, ids, mask, proximal, denominator, number, losses, spec, total=True
+    )
+    if losses is not loss:
+        if ids.numel():
+            _total(1, losses, loss, programs)
+        else:
+            loss.zero_()
+    return loss, coef, metrics
+
+
+def _run(
+    student: Tensor,
+    teacher: Tensor,
+    log_weights: Tensor,
+    ids: Tensor,
+    mask: Tensor | None,
+    proximal: Tensor | None,
+    denominator: Tensor | None,
+    inverse: float,
+    losses: Tensor,
+    spec: LossSpec,
+    *,
+    total: bool,
+) -> tuple[Tensor, Tensor]:
+    """Coefficients and metrics; row losses, or with `total` sums of programs, go into `losses`."""
+    if ids.is_cpu:
         there = ids >= 0 if mask is None else (ids >= 0) & mask.to(torch.bool)[:, None]
         check_weights(there, log_weights, spec)
     (rows, num_ids), device = ids.shape, ids.device
-    losses = torch.empty(rows, dtype=torch.float32, device=device)
     coef = torch.empty((rows, num_ids), dtype=torch.float32, device=device)
     metrics = torch.empty(SUMS if spec.metrics else 0, dtype=torch.float32, device=device)
-    if ids.numel() == 0:
-        return losses.zero_(), coef, metrics.zero_()
-    width = padded(num_ids, 1)
-    block_rows = max(1, ENTRIES // width)
-    programs = triton.cdiv(rows, block_rows)
-    scores = [_readable(x) for x in (student, teacher, log_weights)]
+    if not rows * num_ids:
+        losses.zero_()
+        return coef, metrics.zero_()
+    student, teacher, log_weights = _readable(student), _readable(teacher), _readable(log_weights)
     proximal = None if proximal is None else _readable(proximal)
-    mask = None if mask is None else mask.to(torch.bool).view(torch.uint8)
-
-    def launch(threshold: Tensor | None, *, clips: bool, seeks: bool, scratch: tuple[Tensor, ...] | None) -> None:
-        with on_device(coef):
-            _kl_kernel[(programs,)](
-                *scores,
-                ids,
-                mask,
-                proximal,
-                threshold,
-                losses,
-                coef,
-                *(scratch or (None, None, None)),
-                *(stride for matrix in (*scores, ids) for stride in matrix.stride()),
-                0 if mask is None else mask.stride(0),
-                *((0, 0) if proximal is None else proximal.stride()),
-                rows,
-                num_ids,
-                *_bounds(spec),
-                block_rows,
-                width,
-                spec.divergence,
-                spec.normalize,
-                spec.tail,
-                spec.baseline,
-                spec.head_is_certain,
-                spec.advantage == "behavior",
-                spec.ratio_cap is not None,
-                clips,
-                seeks,
-                COARSE,
-                num_warps=warps_for(block_rows * width, 4),
-            )
+    mask = None if mask is None else mask.to(torch.bool).contiguous().view(torch.uint8)
+    inputs = (student, teacher, log_weights, ids.contiguous(), mask, proximal)
+    programs = cdiv(rows, block_of(num_ids)[0])
+    given = (mask is None, proximal is None, denominator is None)
 
     threshold = None
     if spec.m2_budget is not None:
-        launch(None, clips=False, seeks=True, scratch=None)
+        seek = _prepared(spec, num_ids, given, total, seeks=True)
+        seek(programs, *inputs, None, denominator, losses, coef, None, None, None, rows, inverse)
         # In fp64, because a cumulative sum over half a million fp32 numbers is not exact to the last digit.
         log_ratio = coef.double()
         threshold = second_moment_threshold(log_ratio, log_ratio != 0, spec.m2_budget).float()
-    clips = spec.clip_eps is not None or threshold is not None
+    run = _prepared(spec, num_ids, given, total, seeks=False)
+    outputs = (threshold, denominator, losses, coef)
     if not spec.metrics:
-        launch(threshold, clips=clips, seeks=False, scratch=None)
-        return losses, coef, metrics
+        run(programs, *inputs, *outputs, None, None, None, rows, inverse)
+        return coef, metrics
     sums = torch.empty((SUMS, programs), dtype=torch.float32, device=device)
     bins = torch.empty((rows, num_ids), dtype=torch.int16, device=device)
     histogram = torch.zeros(COARSE + FINE, dtype=torch.int64, device=device)
-    launch(threshold, clips=clips, seeks=False, scratch=(sums, bins, histogram))
+    run(programs, *inputs, *outputs, sums, bins, histogram, rows, inverse)
     launch_metrics(sums, bins, histogram, metrics)
-    return losses, coef, metrics
+    return coef, metrics
+
+
+@lru_cache(maxsize=256)
+def block_of(num_ids: int) -> tuple[int, int]:
+    """Rows and columns of a program."""
+    width = padded(num_ids, 1)
+    return max(1, ENTRIES // width), width
+
+
+@lru_cache(maxsize=256)
+def _prepared(spec: LossSpec, num_ids: int, given: tuple[bool, ...], total: bool, *, seeks: bool) -> Prepared:
+    """The kernel with all but its tensors. `given`: which of them are there, for each has a Prepared of its own."""
+    rows, width = block_of(num_ids)
+    return Prepared(
+        _kl_kernel,
+        num_ids,
+        *_bounds(spec),
+        rows,
+        width,
+        spec.divergence,
+        spec.normalize,
+        spec.tail,
+        spec.baseline,
+        spec.head_is_certain,
+        spec.advantage == "behavior",
+        spec.ratio_cap is not None,
+        spec.clip_eps is not None or (spec.m2_budget is not None and not seeks),
+        total,
+        seeks,
+        COARSE,
+        num_warps=warps_for(rows * width, 4),
+    )
+
+
+_total = Prepared(_total_kernel, TOTAL_BLOCK, num_warps=4)
+
+
+@lru_cache(maxsize=256)
+def _inverse(denominator: float) -> float:
+    """As the kernel would compute it from a tensor: in fp32."""
+    with numpy.errstate(all="ignore"):
+        return float(numpy.float32(1.0) / numpy.float32(denominator))
 
 
 def _bounds(spec: LossSpec) -> tuple[float, float, float, float]:
@@ -244,8 +335,7 @@ def _bounds(spec: LossSpec) -> tuple[float, float, float, float]:
 
 
 def _readable(scores: Tensor) -> Tensor:
-    scores = scores.detach()
-    return scores if scores.dtype in DTYPES else scores.to(torch.float32)
+    return (scores if scores.dtype in DTYPES else scores.to(torch.float32)).contiguous()
 
 
 def _check(
@@ -262,9 +352,8 @@ def _check(
         raise TypeError(f"ids: got {ids.dtype}, expected int32 or int64")
     if ids.dim() != 2 or ids.shape[1] > MAX_IDS:
         raise ValueError(f"ids: got shape {list(ids.shape)}, expected [N, K] with K <= {MAX_IDS} on the triton backend")
-    expected = "cpu" if INTERPRET else "cuda"
-    if ids.device.type != expected:
-        raise ValueError(f"ids: got device {ids.device}, expected {expected}")
+    if ids.device.type != DEVICE_TYPE:
+        raise ValueError(f"ids: got device {ids.device}, expected {DEVICE_TYPE}")
     named = {"student": student, "teacher": teacher, "log_weights": log_weights, "proximal": proximal}
     for name, scores in named.items():
         if scores is None:
@@ -288,95 +377,3 @@ def _check(
                 f"divergence={spec.divergence!r}, tail={spec.tail!r}, needs_policy={spec.needs_policy}, "
                 "expected reverse, 'drop' and a behaviour policy"
             )
-
-
-_STRIDES = (
-    *("student_row", "student_column", "teacher_row", "teacher_column", "weights_row", "weights_column"),
-    *("ids_row", "ids_column", "mask_stride", "proximal_row", "proximal_column"),
-)
-_BOUNDS = ("log_cap", "log_proximal_cap", "log_low", "log_high")
-
-
-def _compile_case(
-    name: str, k: int, max_registers: int, *, dtype: str = "fp32", metrics: bool = False, seeks: bool = False,
-    proximal: bool = False, **options: Any
-) -> CompileCase:  # fmt: skip
-    """Contiguous tensors, as losses are given: column strides of 1 are constants."""
-    spec = LossSpec(needs_policy=True, **options)
-    width = padded(k, 1)
-    block_rows = max(1, ENTRIES // width)
-    budget = spec.m2_budget is not None and not seeks
-    absent = {
-        **({} if proximal else {"proximal": None}),
-        **({} if budget else {"threshold": None}),
-        **({} if metrics else dict.fromkeys(("sums", "bins", "histogram"))),
-    }
-    # Triton makes constants of arguments that are 1: the strides of columns, and where K is 1 those of rows and K.
-    ones = [stride for stride in _STRIDES if stride.endswith("_column") or stride == "mask_stride" or k == 1]
-    ones += ["num_ids"] if k == 1 else []
-    constexprs: dict[str, Any] = {
-        **absent,
-        **dict.fromkeys(ones, 1),
-        "ROWS": block_rows,
-        "WIDTH": width,
-        "DIVERGENCE": spec.divergence,
-        "NORMALIZE": spec.normalize,
-        "TAIL": spec.tail,
-        "BASELINE": spec.baseline,
-        "HEAD_IS_CERTAIN": spec.head_is_certain,
-        "BEHAVIOUR": spec.advantage == "behavior",
-        "HAS_CAP": spec.ratio_cap is not None,
-        "CLIPS": spec.clip_eps is not None or budget,
-        "SEEKS": seeks,
-        "COARSE": COARSE,
-    }
-    types = {
-        **dict.fromkeys(("student", "teacher", "log_weights"), "*fp32"),
-        "student": f"*{dtype}",
-        "ids": "*i64",
-        "mask": "*u8",
-        **dict.fromkeys(("proximal", "threshold", "losses", "coef", "sums"), "*fp32"),
-        "bins": "*i16",
-        "histogram": "*i64",
-        **dict.fromkeys((*_STRIDES, "num_rows", "num_ids"), "i32"),
-        **dict.fromkeys(_BOUNDS, "fp32"),
-    }
-    signature = {name: "constexpr" if name in constexprs else types[name] for name in _kl_kernel.arg_names}
-    divisible = [n for n in signature if signature[n] != "constexpr" and n not in _BOUNDS and n != "threshold"]
-    return CompileCase(
-        name=f"kl-{name}-k{k}-{dtype}",
-        kernel=_kl_kernel,
-        signature=signature,
-        constexprs=constexprs,
-        num_warps=warps_for(block_rows * width, 4),
-        max_registers=max_registers,
-        divisible=tuple(divisible),
-    )
-
-
-def compile_cases() -> list[CompileCase]:
-    """The usual losses, each option at least once, and everything at once at both ends of K."""
-    samples: dict[str, Any] = {"head_is_certain": False}
-    everything: dict[str, Any] = {
-        "normalize": "sampled",
-        "baseline": "loo",
-        "advantage": "behavior",
-        "ratio_cap": 2.0,
-        "clip_eps": 0.2,
-        "proximal": True,
-        "metrics": True,
-    }
-    return [
-        _compile_case("reverse", 64, 40),
-        _compile_case("reverse", 64, 40, dtype="bf16"),
-        _compile_case("reverse-metrics", 64, 64, metrics=True),
-        _compile_case("reverse-sampled-mean", 64, 40, normalize="sampled", baseline="mean"),
-        _compile_case("reverse-seek", 64, 40, seeks=True, m2_budget=0.04, **samples),
-        _compile_case("reverse-budget", 64, 64, m2_budget=0.04, **samples),
-        _compile_case("reverse-bucket", 64, 40, tail="bucket"),
-        _compile_case("reverse-renormalize-metrics", 64, 64, tail="renormalize", metrics=True),
-        _compile_case("forward", 64, 40, divergence="forward"),
-        _compile_case("forward-bucket", 64, 40, divergence="forward", tail="bucket"),
-        _compile_case("forward-renormalize-metrics", 64, 64, divergence="forward", tail="renormalize", metrics=True),
-        *(_compile_case("everything", k, 128, **everything) for k in (1, 64, 1024, MAX_IDS)),
-    ]

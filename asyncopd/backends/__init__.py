@@ -19,9 +19,8 @@ _MODULES = {
 BACKENDS = tuple(_MODULES)
 # Triton's interpreter takes the place of a device.
 _DEVICE = {"cpu": "cpu", "triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "cuda": "cuda"}
-# Chosen without being asked for, best first. The CUDA and Triton kernels have been compiled but not yet run on a
-# device, so they are used only when ASYNCOPD_BACKEND names them.
-_AUTOMATIC = ("cpu",)
+# Chosen without being asked for, best first. Not `cuda`: on an H100 its two ops were slower than those of `triton`.
+_AUTOMATIC = ("cpu", "triton")
 
 
 class BackendUnavailable(RuntimeError):
@@ -45,16 +44,26 @@ def has_op(name: str, op: str) -> bool:
 
 def select(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
     """The function that runs `op` on tensors of this device and dtype, at the precision that it was written for."""
-    function = getattr(module(choose(op, device, dtype)), op)
-    if not torch.is_autocast_enabled(device.type):
-        return function
+    kind = device.type
+    # Everything that a choice depends on; the functions, because tests put others in their places.
+    chosen = _chosen(op, kind, dtype, os.environ.get("ASYNCOPD_BACKEND"), choose, module, unavailable_reason)
+    function: Callable[..., Any] = getattr(chosen, op)
+    return _without_autocast(function, kind) if torch.is_autocast_enabled(kind) else function
 
-    def without_autocast(*args: Any) -> Any:
-        # Autocast stays on inside a custom op, and would turn the fp32 products of a backend into bf16 ones.
-        with torch.autocast(device.type, enabled=False):
+
+@cache
+def _chosen(op: str, kind: str, dtype: torch.dtype, _forced: str | None, *_: Any) -> Any:
+    return module(choose(op, torch.device(kind), dtype))
+
+
+def _without_autocast(function: Callable[..., Any], kind: str) -> Callable[..., Any]:
+    """Autocast stays on inside an op, and would turn the fp32 products of a backend into bf16 ones."""
+
+    def run(*args: Any) -> Any:
+        with torch.autocast(kind, enabled=False):
             return function(*args)
 
-    return without_autocast
+    return run
 
 
 def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -65,18 +74,19 @@ def choose(op: str, device: torch.device, dtype: torch.dtype) -> str:
     if forced:
         return _forced(forced, op, device)
     for name in _AUTOMATIC:
-        if _DEVICE[name] != device.type or not has_op(name, op):
+        if _DEVICE[name] != device.type:
             continue
-        reason = unavailable_reason(name)
-        if reason is None:
+        # Asked for before the op: without its packages, a backend has none.
+        if reason := unavailable_reason(name):
+            _warn_once(name, reason)
+        elif has_op(name, op):
             return name
-        _warn_once(name, reason)
     return "reference"
 
 
 @cache
 def _warn_once(name: str, reason: str) -> None:
-    warnings.warn(f"asyncopd: backend {name!r} cannot run ({reason}); the reference runs instead", stacklevel=4)
+    warnings.warn(f"asyncopd: backend {name!r} cannot run ({reason}); the reference runs instead", stacklevel=6)
 
 
 def _forced(name: str, op: str, device: torch.device) -> str:

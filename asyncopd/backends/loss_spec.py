@@ -1,7 +1,10 @@
 """What the [N, K] loss op is asked for: its options, written once, and the metrics that it returns."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import math
+from ast import literal_eval
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -44,23 +47,48 @@ class LossSpec:
                     f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(map(repr, choices))}"
                 )
 
-    def arguments(self) -> tuple[Any, ...]:
-        """The values of SPEC_SCHEMA, in its order."""
-        return tuple(getattr(self, name) for name in SPEC_FIELDS)
+    @property
+    def text(self) -> str:
+        """The options in one word, for operators, which take no dataclass; `parse` is the inverse.
+
+        One argument in place of twelve, because what torch.library does with the arguments of an operator that has a
+        gradient takes time quadratic in their number (torch/_library/utils.py, fill_defaults).
+        """
+        return "|".join(_word(getattr(self, name)) for name in SPEC_FIELDS)
 
     @classmethod
-    def of(cls, arguments: tuple[Any, ...]) -> "LossSpec":
-        """The inverse of `arguments`."""
-        return cls(**dict(zip(SPEC_FIELDS, arguments, strict=True)))
+    def parse(cls, text: str) -> "LossSpec":
+        """The object that the text describes: always the same one, so that backends can keep what they derive from it.
+
+        Raises: ValueError for a text that `text` does not write.
+        """
+        return _parse(text)
 
 
-# An operator takes no dataclass: these are the fields of LossSpec in the language of torch.library.
-SPEC_SCHEMA = (
-    "str divergence, str normalize, str tail, str baseline, bool head_is_certain, bool needs_policy, str advantage, "
-    "float? ratio_cap, float? clip_eps, float? m2_budget, float proximal_cap, "
-    "bool metrics"
-)
-SPEC_FIELDS = tuple(argument.split()[-1] for argument in SPEC_SCHEMA.split(","))
+SPEC_FIELDS = tuple(field.name for field in fields(LossSpec))
+
+
+def _word(option: str | bool | float | None) -> str:
+    if option is None:
+        return ""
+    # float(): a number of numpy is a float too, but writes its type beside its value.
+    return repr(option if isinstance(option, str | bool) else float(option))
+
+
+@cache
+def _parse(text: str) -> LossSpec:
+    words = text.split("|")
+    if len(words) != len(SPEC_FIELDS):
+        raise ValueError(f"spec: got {text!r}, expected {len(SPEC_FIELDS)} options separated by '|'")
+    try:
+        options = (None if word == "" else _FLOATS.get(word) or literal_eval(word) for word in words)
+        return LossSpec(**dict(zip(SPEC_FIELDS, options, strict=True)))
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"spec: got {text!r}, expected what LossSpec.text writes ({error})") from None
+
+
+# Numbers whose representation is no literal.
+_FLOATS = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 # What the data itself rules out, in the same words whichever backend finds out.

@@ -1,15 +1,17 @@
 """The two losses on log-probabilities that somebody has already gathered."""
 
+from functools import cache
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
-from asyncopd.backends.loss_spec import LossMetrics, LossSpec
+from asyncopd.backends.loss_spec import SPEC_FIELDS, LossMetrics, LossSpec
 from asyncopd.losses.correction import Correction
 from asyncopd.losses.options import Baseline, Normalize, Reduction, Tail
-from asyncopd.losses.reduce import check_reduction, reduce_rows
+from asyncopd.losses.reduce import check_reduction, denominator
 from asyncopd.ops import checks
-from asyncopd.ops.kl import kl_rows
+from asyncopd.ops.kl import KLInputs, loss_and_metrics, rows_and_metrics
 from asyncopd.support import Support
 
 
@@ -59,9 +61,7 @@ def reverse_kl(
     check_reduction(reduction, num_items_in_batch)
     mask = checks.check_mask(mask, student_logprobs, "student_logprobs")
     spec = reverse_spec(support, normalize, tail, baseline, correction, return_metrics)
-    rows, metrics = kl_of_scores(student_logprobs, support, mask, proximal_of(correction), spec)
-    loss = reduce_rows(rows, mask, reduction, num_items_in_batch)
-    return (loss, metrics) if return_metrics else loss
+    return kl_of_scores(student_logprobs, support, mask, proximal_of(correction), spec, reduction, num_items_in_batch)
 
 
 def forward_kl(
@@ -84,9 +84,7 @@ def forward_kl(
     check_reduction(reduction, num_items_in_batch)
     mask = checks.check_mask(mask, student_logprobs, "student_logprobs")
     spec = forward_spec(support, tail, return_metrics)
-    rows, metrics = kl_of_scores(student_logprobs, support, mask, None, spec)
-    loss = reduce_rows(rows, mask, reduction, num_items_in_batch)
-    return (loss, metrics) if return_metrics else loss
+    return kl_of_scores(student_logprobs, support, mask, None, spec, reduction, num_items_in_batch)
 
 
 def reverse_spec(
@@ -111,26 +109,31 @@ def reverse_spec(
     if baseline == "loo" and support.draw == "top_k":
         raise ValueError("baseline: got 'loo' with a top-k support, expected independent samples")
     _check_correction(correction, support, tail)
-    c = correction or Correction()
-    return LossSpec(
-        normalize=normalize,
-        tail=tail,
-        baseline=baseline,
-        head_is_certain=_head_is_certain(support),
-        needs_policy=correction is not None,
-        advantage=c.advantage,
-        ratio_cap=c.ratio_cap,
-        clip_eps=c.clip_eps,
-        m2_budget=c.m2_budget,
-        proximal_cap=c.proximal_cap,
-        metrics=metrics,
-    )
+    c = correction or _NO_CORRECTION
+    options = (normalize, tail, baseline, _head_is_certain(support), correction is not None, c.advantage)
+    return _spec("reverse", *options, c.ratio_cap, c.clip_eps, c.m2_budget, c.proximal_cap, metrics)
 
 
 def forward_spec(support: Support, tail: str, metrics: bool) -> LossSpec:
     """The options of `forward_kl`, checked."""
     _check_tail(tail, support)
-    return LossSpec(divergence="forward", tail=tail, head_is_certain=_head_is_certain(support), metrics=metrics)
+    c = _NO_CORRECTION
+    options = ("exact", tail, "none", _head_is_certain(support), False, c.advantage)
+    return _spec("forward", *options, c.ratio_cap, c.clip_eps, c.m2_budget, c.proximal_cap, metrics)
+
+
+def _spec(*options: Any) -> LossSpec:
+    """The same object for the same options, in the order of LossSpec's fields."""
+    # A compiler traces through the cache, and warns that it does.
+    return _new_spec(*options) if torch.compiler.is_compiling() else _kept_spec(*options)
+
+
+def _new_spec(*options: Any) -> LossSpec:
+    return LossSpec(**dict(zip(SPEC_FIELDS, options, strict=True)))
+
+
+_kept_spec = cache(_new_spec)
+_NO_CORRECTION = Correction()
 
 
 def proximal_of(correction: Correction | None) -> Tensor | None:
@@ -143,19 +146,23 @@ def _head_is_certain(support: Support) -> bool:
 
 
 def kl_of_scores(
-    student: Tensor, support: Support, mask: Tensor | None, proximal: Tensor | None, spec: LossSpec
-) -> tuple[Tensor, LossMetrics | None]:
-    """Row losses [N] from scores [N, K] at the support's ids."""
-    rows, _, metrics = kl_rows(
-        student,
-        support.teacher_logprobs,
-        support.log_weights,
-        support.ids,
-        mask,
-        proximal,
-        *spec.arguments(),
-    )
-    return rows, LossMetrics(*metrics.unbind()) if spec.metrics else None
+    student: Tensor,
+    support: Support,
+    mask: Tensor | None,
+    proximal: Tensor | None,
+    spec: LossSpec,
+    reduction: str,
+    num_items: int | float | Tensor | None,
+) -> Any:
+    """The loss from scores [N, K] at the support's ids, with a LossMetrics beside it if the spec says so."""
+    inputs = KLInputs(support.teacher_logprobs, support.log_weights, support.ids, mask, proximal)
+    if reduction == "none":
+        loss, metrics = rows_and_metrics(student, inputs, spec)
+    else:
+        loss, metrics = loss_and_metrics(
+            student, inputs, denominator(student, inputs.teacher, reduction, num_items), spec
+        )
+    return (loss, LossMetrics(*metrics.unbind())) if spec.metrics else loss
 
 
 def _check_scores(scores: Tensor, support: Support) -> None:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from asyncopd.backends.loss_spec import LossMetrics, LossSpec
+from asyncopd.backends.reference.kl_loss import as_divisor
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.losses.correction import Correction
 from asyncopd.losses.kl import check_support, forward_spec, kl_of_scores, proximal_of, reverse_spec
 from asyncopd.losses.options import Baseline, Normalize, Reduction, Tail
-from asyncopd.losses.reduce import check_reduction, denominator, reduce_rows
+from asyncopd.losses.reduce import check_reduction, denominator
 from asyncopd.ops import checks
-from asyncopd.ops.gather import gather_from_head
 from asyncopd.ops.head import head_dtype, prepare_head
+from asyncopd.ops.linear_gather import gather_from_head
 from asyncopd.ops.linear_kl import loss_and_metrics
 from asyncopd.support import Support
 
@@ -125,14 +126,9 @@ def _linear_kl(
     # would be rounded before the scale of the loss is known (GradScaler) that is to keep them from being 0.
     early = spec.m2_budget is None and reduction != "none" and head_dtype(hidden) != torch.float16
     if work == "logprobs" and trains and early:
-        loss, metrics = _with_gradients(
-            hidden, weight, bias, support, mask, scalars, spec, proximal, reduction, num_items
-        )
-    else:
-        scores = gather_from_head(hidden, weight, support.ids, mask, work, bias, *scalars)
-        rows, metrics = kl_of_scores(scores, support, mask, proximal, spec)
-        loss = reduce_rows(rows, mask, reduction, num_items)
-    return (loss, metrics) if spec.metrics else loss
+        return _with_gradients(hidden, weight, bias, support, mask, scalars, spec, proximal, reduction, num_items)
+    scores = gather_from_head(hidden, weight, support.ids, mask, work, bias, *scalars)
+    return kl_of_scores(scores, support, mask, proximal, spec, reduction, num_items)
 
 
 def head_work(spec: LossSpec) -> str:
@@ -156,32 +152,17 @@ def _with_gradients(
     proximal: Tensor | None,
     reduction: str,
     num_items: int | float | Tensor | None,
-) -> tuple[Tensor, LossMetrics | None]:
+) -> Any:
     """The scalar loss by the op that makes its gradients in the forward."""
     hidden, weight, bias = prepare_head(hidden, weight, bias, *scalars)
     checks.check_ids("ids", support.ids, hidden, "hidden")
-    divisor = denominator(hidden, mask, reduction, num_items)
-    if not isinstance(divisor, Tensor):
-        dtype = compute_dtype(hidden, support.teacher_logprobs)
-        divisor = torch.full((), divisor, dtype=dtype, device=hidden.device)
-    loss, metrics = loss_and_metrics(
-        hidden,
-        weight,
-        bias,
-        mask,
-        support.ids,
-        support.teacher_logprobs,
-        support.log_weights,
-        proximal,
-        divisor,
-        float(scalars[0]),
-        float(scalars[1]),
-        scalars[2],
-        hidden.requires_grad,
-        weight.requires_grad,
-        *spec.arguments(),
-    )
-    return loss, LossMetrics(*metrics.unbind()) if spec.metrics else None
+    teacher, log_weights = support.teacher_logprobs, support.log_weights
+    divisor = denominator(hidden, teacher, reduction, num_items)
+    divisor = as_divisor(divisor, hidden, mask, compute_dtype(hidden, teacher))
+    inputs = (mask, support.ids, teacher, log_weights, proximal, divisor)
+    options = (float(scalars[0]), float(scalars[1]), scalars[2])
+    loss, metrics = loss_and_metrics(hidden, weight, bias, inputs, options, spec)
+    return (loss, LossMetrics(*metrics.unbind())) if spec.metrics else loss
 
 
 class _LinearLoss(nn.Module):

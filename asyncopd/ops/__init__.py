@@ -2,7 +2,8 @@
 
 from asyncopd.ops.accumulate import linear_gather_logits_into
 from asyncopd.ops.extract import linear_topk_logprobs, topk_logprobs
-from asyncopd.ops.gather import gather_logprobs, linear_gather_logprobs
+from asyncopd.ops.gather import gather_logprobs
+from asyncopd.ops.linear_gather import linear_gather_logprobs
 from asyncopd.ops.sample import sample_support
 
 __all__ = [

@@ -14,12 +14,12 @@ from asyncopd.backends.reference.accumulate import check_gradient
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
-from asyncopd.ops.gather import gather_from_head
+from asyncopd.ops.eager import plain
 from asyncopd.ops.head import prepare_head
+from asyncopd.ops.linear_gather import gather_from_head
 
 
-@torch.library.custom_op("asyncopd::linear_gather_logits_backward_into", mutates_args=("weight_grad", "bias_grad"))
-def _backward_into(
+def _run_backward_into(
     grad: Tensor,
     logits: Tensor,
     hidden: Tensor,
@@ -35,6 +35,11 @@ def _backward_into(
     run = select("linear_gather_logits_backward_into", hidden.device, hidden.dtype)
     head = Head(weight, None, temperature, logit_scale, softcap)
     return run(grad, logits, hidden, head, ids, mask, weight_grad, bias_grad)
+
+
+_backward_into = torch.library.custom_op(
+    "asyncopd::linear_gather_logits_backward_into", _run_backward_into, mutates_args=("weight_grad", "bias_grad")
+)
 
 
 @_backward_into.register_fake
@@ -64,7 +69,13 @@ class _LogitsInto(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden = _backward_into(grad, *ctx.saved_tensors, *ctx.scalars, *ctx.gradients)
+        saved, gradients = ctx.saved_tensors, ctx.gradients
+        if plain(grad, *saved, *gradients):
+            dhidden = _run_backward_into(grad, *saved, *ctx.scalars, *gradients)
+            # As the dispatcher does for what an op changes: autograd sees if somebody needed it as it was.
+            torch.autograd.graph.increment_version([g for g in gradients if g is not None])
+        else:
+            dhidden = _backward_into(grad, *saved, *ctx.scalars, *gradients)
         return dhidden, None, None, None, None, None, None, None
 
 

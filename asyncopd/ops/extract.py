@@ -7,17 +7,16 @@ from asyncopd.backends import select
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
+from asyncopd.ops.eager import plain
 from asyncopd.ops.head import prepare_head
 from asyncopd.support import TopK
 
 
-@torch.library.custom_op("asyncopd::topk_logprobs", mutates_args=())
-def _topk_logprobs(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _run_topk(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     return select("topk_logprobs", logits.device, logits.dtype)(logits, k, temperature)
 
 
-@torch.library.custom_op("asyncopd::linear_topk_logprobs", mutates_args=())
-def _linear_topk_logprobs(
+def _run_linear_topk(
     hidden: Tensor,
     weight: Tensor,
     k: int,
@@ -28,6 +27,10 @@ def _linear_topk_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     run = select("linear_topk_logprobs", hidden.device, hidden.dtype)
     return run(hidden, Head(weight, bias, temperature, logit_scale, softcap), k)
+
+
+_topk_logprobs = torch.library.custom_op("asyncopd::topk_logprobs", _run_topk, mutates_args=())
+_linear_topk_logprobs = torch.library.custom_op("asyncopd::linear_topk_logprobs", _run_linear_topk, mutates_args=())
 
 
 def _fake_topk(rows: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,7 +60,8 @@ def topk_logprobs(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
     checks.check_matrix("logits", logits, "V")
     checks.check_count("k", k, 1, logits.shape[1], "V")
     checks.check_temperature(temperature)
-    return TopK(*_topk_logprobs(logits.detach(), k, float(temperature)))
+    run = _run_topk if plain(logits) else _topk_logprobs
+    return TopK(*run(logits.detach(), k, float(temperature)))
 
 
 def linear_topk_logprobs(
@@ -79,14 +83,7 @@ def linear_topk_logprobs(
     """
     hidden, weight, bias = prepare_head(hidden, lm_head_weight, bias, temperature, logit_scale, softcap)
     checks.check_count("k", k, 1, weight.shape[0], "V")
-    with torch.no_grad():
-        out = _linear_topk_logprobs(
-            hidden.detach(),
-            weight.detach(),
-            k,
-            None if bias is None else bias.detach(),
-            float(temperature),
-            float(logit_scale),
-            softcap,
-        )
-    return TopK(*out)
+    run = _run_linear_topk if plain(hidden, weight, bias) else _linear_topk_logprobs
+    detached_bias = None if bias is None else bias.detach()
+    scalars = (float(temperature), float(logit_scale), softcap)
+    return TopK(*run(hidden.detach(), weight.detach(), k, detached_bias, *scalars))

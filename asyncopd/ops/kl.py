@@ -1,21 +1,38 @@
-"""The [N, K] loss op: row losses, the coefficients that are their gradient, and metrics, in one pass."""
+"""The [N, K] loss ops: row losses or their sum, the coefficients that are their gradient, and metrics, in one pass.
 
-from typing import Any
+The forward makes the gradient, so a backward only multiplies it by what it is given, and by 1 does nothing. Each op is
+here twice: as a custom op, and as a `torch.autograd.Function` for eager calls (see eager.py). The latter owns its
+coefficients: the first backward scales them in place and gives them away, another one (of a retained graph) has them
+computed again.
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from asyncopd.backends import select
-from asyncopd.backends.loss_spec import SPEC_SCHEMA, LossMetrics, LossSpec
+from asyncopd.backends.loss_spec import LossMetrics, LossSpec
 from asyncopd.backends.reference.rows import compute_dtype
+from asyncopd.ops.eager import first_order, plain
 
-_SCHEMA = (
-    f"(Tensor student, Tensor teacher, Tensor log_weights, Tensor ids, Tensor? mask, Tensor? proximal, {SPEC_SCHEMA})"
-    " -> (Tensor rows, Tensor coef, Tensor metrics)"
-)
+_TENSORS = "Tensor student, Tensor teacher, Tensor log_weights, Tensor ids, Tensor? mask, Tensor? proximal"
+_ROWS_SCHEMA = f"({_TENSORS}, str spec) -> (Tensor rows, Tensor coef, Tensor metrics)"
+_LOSS_SCHEMA = f"({_TENSORS}, Tensor? denominator, str spec) -> (Tensor loss, Tensor coef, Tensor metrics)"
+_Outputs = tuple[Tensor, Tensor, Tensor]
 
 
-@torch.library.custom_op("asyncopd::kl_rows", mutates_args=(), schema=_SCHEMA)
+class KLInputs(NamedTuple):
+    """Of a loss beside the scores, and without a gradient: the arguments of both ops in their order."""
+
+    teacher: Tensor  # [N, K] log q
+    log_weights: Tensor  # [N, K]
+    ids: Tensor  # [N, K]
+    mask: Tensor | None  # bool [N]
+    proximal: Tensor | None  # [N, K]
+
+
+@torch.library.custom_op("asyncopd::kl_rows", mutates_args=(), schema=_ROWS_SCHEMA)
 def kl_rows(
     student: Tensor,
     teacher: Tensor,
@@ -23,43 +40,178 @@ def kl_rows(
     ids: Tensor,
     mask: Tensor | None,
     proximal: Tensor | None,
-    *spec: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    spec: str,
+) -> _Outputs:
     """Losses [N], coefficients c [N, K] with respect to `student`, and the values of a LossMetrics."""
-    run = select("kl_rows", student.device, compute_dtype(student, teacher))
-    return run(student, teacher, log_weights, ids, mask, proximal, LossSpec.of(spec))
+    return _run_rows(student, (teacher, log_weights, ids, mask, proximal), LossSpec.parse(spec))
 
 
-@kl_rows.register_fake
-def _(
+@torch.library.custom_op("asyncopd::kl_loss", mutates_args=(), schema=_LOSS_SCHEMA)
+def kl_loss(
     student: Tensor,
     teacher: Tensor,
     log_weights: Tensor,
     ids: Tensor,
     mask: Tensor | None,
     proximal: Tensor | None,
-    *spec: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
+    denominator: Tensor | None,
+    spec: str,
+) -> _Outputs:
+    """The sum of the losses over `denominator` (None: the number of rows that count), its c, and the metrics."""
+    _check_shapes(student, teacher, log_weights, ids, mask, proximal)
+    return _run_loss(student, (teacher, log_weights, ids, mask, proximal), denominator, LossSpec.parse(spec))
+
+
+def _run_rows(student: Tensor, inputs: tuple[Any, ...], spec: LossSpec) -> _Outputs:
+    return select("kl_rows", student.device, compute_dtype(student, inputs[0]))(student, *inputs, spec)
+
+
+def _run_loss(student: Tensor, inputs: tuple[Any, ...], denominator: Tensor | float | None, spec: LossSpec) -> _Outputs:
+    run = select("kl_loss", student.device, compute_dtype(student, inputs[0]))
+    return run(student, *inputs, denominator, spec)
+
+
+def _check_shapes(
+    student: Tensor, teacher: Tensor, log_weights: Tensor, ids: Tensor, mask: Tensor | None, proximal: Tensor | None
+) -> None:
+    """For whoever calls the op itself: the losses have checked this, and the backends do not again."""
+    for name, scores in (("teacher", teacher), ("log_weights", log_weights), ("ids", ids), ("proximal", proximal)):
+        if scores is not None and (scores.shape != student.shape or scores.device != student.device):
+            raise ValueError(
+                f"{name}: got {list(scores.shape)} on {scores.device}, "
+                f"expected {list(student.shape)} on {student.device} as student"
+            )
+    if mask is not None and (mask.shape != student.shape[:1] or mask.device != student.device):
+        raise ValueError(f"mask: got {list(mask.shape)} on {mask.device}, expected [{student.shape[0]}] beside student")
+
+
+@kl_rows.register_fake
+def _(student: Tensor, teacher: Tensor, *arguments: Any) -> _Outputs:
+    return _fake(student, teacher, student.shape[:1], arguments[-1])
+
+
+@kl_loss.register_fake
+def _(student: Tensor, teacher: Tensor, *arguments: Any) -> _Outputs:
+    return _fake(student, teacher, (), arguments[-1])
+
+
+def _fake(student: Tensor, teacher: Tensor, shape: Any, spec: str) -> _Outputs:
     dtype = compute_dtype(student, teacher)
     return (
-        student.new_empty(student.shape[0], dtype=dtype),
+        student.new_empty(shape, dtype=dtype),
         student.new_empty(student.shape, dtype=dtype),
-        student.new_empty(len(LossMetrics._fields) if LossSpec.of(spec).metrics else 0, dtype=dtype),
+        student.new_empty(len(LossMetrics._fields) if LossSpec.parse(spec).metrics else 0, dtype=dtype),
     )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+# ------------------------------------------------------------------------------------------- gradients of the ops
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
     _, coef, metrics = output
     ctx.num_inputs, ctx.dtype = len(inputs), inputs[0].dtype
     ctx.save_for_backward(coef)
     ctx.mark_non_differentiable(coef, metrics)
+    ctx.set_materialize_grads(False)  # or coef [N, K] would be given a gradient of zeros
 
 
-def _gradient(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (ctx.num_inputs - 1)
+    if grad is None:
+        return None, *nothing
     (coef,) = ctx.saved_tensors
-    # Not a product alone: a row that the caller dropped has gradient 0, even if its coefficients are NaN.
-    dstudent = (coef * grad[:, None]).masked_fill_((grad == 0)[:, None], 0.0)
-    return dstudent.to(ctx.dtype), *(None for _ in range(ctx.num_inputs - 1))
+    grad = grad[:, None] if grad.dim() else grad
+    # Not a product alone: what the caller dropped has gradient 0, even where a coefficient is NaN.
+    return (coef * grad).masked_fill_(grad == 0, 0.0).to(ctx.dtype), *nothing
 
 
-kl_rows.register_autograd(_gradient, setup_context=_save)
+kl_rows.register_autograd(first_order("kl_rows")(_gradient), setup_context=_save)
+kl_loss.register_autograd(first_order("kl_loss")(_gradient), setup_context=_save)
+
+
+# ------------------------------------------------------------------------------------------------------ eager calls
+
+
+class KLRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, inputs: KLInputs, spec: LossSpec) -> tuple[Tensor, Tensor]:
+        rows, ctx.coef, metrics = _run_rows(student, inputs, spec)
+        ctx.spec = spec
+        _save_inputs(ctx, student, inputs, metrics)
+        return rows, metrics
+
+    @staticmethod
+    @first_order("kl_rows")
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
+        coef, ctx.coef = ctx.coef, None
+        if coef is None:
+            student, *inputs = ctx.saved_tensors
+            coef = _run_rows(student, tuple(inputs), ctx.spec)[1]
+        if plain(grad):
+            select("scale_rows_", coef.device, coef.dtype)(coef, grad)
+        else:
+            coef = (coef * grad[:, None]).masked_fill_((grad == 0)[:, None], 0.0)
+        return coef.to(ctx.dtype), None, None
+
+
+class KLLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, inputs: KLInputs, denominator: Tensor | float | None, spec: LossSpec
+    ) -> tuple[Tensor, Tensor]:
+        loss, ctx.coef, metrics = _run_loss(student, inputs, denominator, spec)
+        ctx.denominator, ctx.spec = denominator, spec
+        _save_inputs(ctx, student, inputs, metrics)
+        return loss, metrics
+
+    @staticmethod
+    @first_order("kl_loss")
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        coef, ctx.coef = ctx.coef, None
+        if coef is None:
+            student, *inputs = ctx.saved_tensors
+            coef = _run_loss(student, tuple(inputs), ctx.denominator, ctx.spec)[1]
+        if plain(grad):
+            select("scale_gradient_", coef.device, coef.dtype)(coef, grad)
+        else:
+            coef = torch.where(grad == 0, 0.0, coef * grad)
+        return coef.to(ctx.dtype), None, None, None
+
+
+def _save_inputs(ctx: Any, student: Tensor, inputs: KLInputs, metrics: Tensor) -> None:
+    ctx.dtype = student.dtype
+    ctx.save_for_backward(student, *inputs)
+    ctx.mark_non_differentiable(metrics)
+    ctx.set_materialize_grads(False)
+
+
+def rows_and_metrics(student: Tensor, inputs: KLInputs, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    """Row losses [N], differentiable in the scores, and the values of a LossMetrics."""
+    if not plain(student, *inputs):
+        rows, _, metrics = kl_rows(student, *inputs, spec.text)
+        return rows, metrics
+    if student.requires_grad and torch.is_grad_enabled():
+        return KLRows.apply(student, inputs, spec)
+    rows, _, metrics = _run_rows(student, inputs, spec)
+    return rows, metrics
+
+
+def loss_and_metrics(
+    student: Tensor, inputs: KLInputs, denominator: Tensor | float | None, spec: LossSpec
+) -> tuple[Tensor, Tensor]:
+    """The sum of the row losses over `denominator`, None for the number of rows that count; and the metrics."""
+    by = denominator if isinstance(denominator, Tensor) else None
+    if not plain(student, *inputs, by):
+        if not isinstance(denominator, Tensor) and denominator is not None:
+            dtype = compute_dtype(student, inputs.teacher)
+            denominator = torch.full((), denominator, dtype=dtype, device=student.device)
+        loss, _, metrics = kl_loss(student, *inputs, denominator, spec.text)
+        return loss, metrics
+    if student.requires_grad and torch.is_grad_enabled():
+        return KLLoss.apply(student, inputs, denominator, spec)
+    loss, _, metrics = _run_loss(student, inputs, denominator, spec)
+    return loss, metrics

@@ -1,7 +1,8 @@
 """Head, gather and loss in one op that makes its gradients in the forward, while the logits are there.
 
 A scalar loss needs to know of its upstream gradient only by what factor to multiply: so the backward is no work at all
-where that factor is 1, and the head is multiplied three times rather than four.
+where that factor is 1, and the head is multiplied three times rather than four. Here as a custom op, and as a
+`torch.autograd.Function` for eager calls (see eager.py).
 """
 
 from typing import Any
@@ -10,14 +11,15 @@ import torch
 from torch import Tensor
 
 from asyncopd.backends import select
-from asyncopd.backends.loss_spec import SPEC_SCHEMA, LossMetrics, LossSpec
+from asyncopd.backends.loss_spec import LossMetrics, LossSpec
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
+from asyncopd.ops.eager import first_order, plain
 
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor ids, Tensor teacher, Tensor log_weights, "
     "Tensor? proximal, Tensor denominator, float temperature, float logit_scale, float? softcap, bool need_hidden, "
-    f"bool need_weight, {SPEC_SCHEMA})"
+    "bool need_weight, str spec)"
     " -> (Tensor loss, Tensor metrics, Tensor dhidden, Tensor dweight, Tensor dbias)"
 )
 _Outputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -39,17 +41,30 @@ def linear_kl(
     softcap: float | None,
     need_hidden: bool,
     need_weight: bool,
-    *spec: Any,
+    spec: str,
 ) -> _Outputs:
     """Sum of the row losses over `denominator`, the values of a LossMetrics, and the gradients of that loss.
 
     dhidden [N, H], dweight [V, H] in the dtypes of what they belong to, empty ([0, H]) where not needed; dbias [V],
     empty without a bias.
     """
-    run = select("linear_kl", hidden.device, hidden.dtype)
     head = Head(weight, bias, temperature, logit_scale, softcap)
     support = (ids, teacher, log_weights, proximal)
-    return run(hidden, head, mask, *support, denominator, need_hidden, need_weight, LossSpec.of(spec))
+    return _run(hidden, head, mask, support, denominator, need_hidden, need_weight, LossSpec.parse(spec))
+
+
+def _run(
+    hidden: Tensor,
+    head: Head,
+    mask: Tensor | None,
+    support: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    denominator: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    spec: LossSpec,
+) -> _Outputs:
+    run = select("linear_kl", hidden.device, hidden.dtype)
+    return run(hidden, head, mask, *support, denominator, need_hidden, need_weight, spec)
 
 
 @linear_kl.register_fake
@@ -68,25 +83,19 @@ def _(
     softcap: float | None,
     need_hidden: bool,
     need_weight: bool,
-    *spec: Any,
+    spec: str,
 ) -> _Outputs:
     dtype, (vocab, width) = compute_dtype(hidden, teacher), weight.shape
     return (
         hidden.new_empty((), dtype=dtype),
-        hidden.new_empty(len(LossMetrics._fields) if LossSpec.of(spec).metrics else 0, dtype=dtype),
+        hidden.new_empty(len(LossMetrics._fields) if LossSpec.parse(spec).metrics else 0, dtype=dtype),
         hidden.new_empty(hidden.shape[0] if need_hidden else 0, width),
         weight.new_empty(vocab if need_weight else 0, width),
         weight.new_empty(0) if bias is None else bias.new_empty(vocab),
     )
 
 
-def loss_and_metrics(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`linear_kl` without its gradients: they are the backward's alone, which may scale them in place."""
-    loss, metrics, *_ = linear_kl(*arguments)
-    # The context that `_gradient` is given; not so where functorch wraps it.
-    if not torch.compiler.is_compiling() and hasattr(loss.grad_fn, "gradients"):
-        loss.grad_fn.owns_gradients = True
-    return loss, metrics
+# ---------------------------------------------------------------------------------------------- gradients of the op
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
@@ -99,27 +108,24 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: _Outputs) -> None:
 
 
 def _gradient(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * (6 + len(ctx.rest))
     if grad is None:
-        return (None,) * (9 + len(ctx.rest))
+        return None, None, None, *nothing
     gradients, ctx.gradients = ctx.gradients, None
     if gradients is None:  # a second backward through a graph that was retained
         gradients = linear_kl(*ctx.saved_tensors, *ctx.rest)[2:]
-    owned = getattr(ctx, "owns_gradients", False)
-    scaled = [_times(gradient, grad, in_place=owned) if gradient.numel() else gradient for gradient in gradients]
-    dhidden, dweight, dbias = (
+    return *_scaled(ctx, gradients, grad, in_place=getattr(ctx, "owns_gradients", False)), *nothing
+
+
+linear_kl.register_autograd(first_order("linear_kl")(_gradient), setup_context=_save)
+
+
+def _scaled(ctx: Any, gradients: tuple[Tensor, ...], grad: Tensor, *, in_place: bool) -> tuple[Tensor | None, ...]:
+    """Gradients of hidden, weight and bias times `grad`, those that are needed."""
+    scaled = [_times(gradient, grad, in_place=in_place) if gradient.numel() else gradient for gradient in gradients]
+    return tuple(
         gradient if needed else None for gradient, needed in zip(scaled, ctx.needs_input_grad[:3], strict=True)
     )
-    if torch.is_grad_enabled():  # create_graph=True
-        dhidden, dweight, dbias = _without_derivative(dhidden, dweight, dbias)
-    return dhidden, dweight, dbias, *(None,) * (6 + len(ctx.rest))
-
-
-def _without_derivative(*gradients: Tensor | None) -> Any:
-    """The same; who differentiates them is told, since they came without a graph and would count as constants."""
-    error: Any = torch._C._functions.DelayedError(
-        b"linear_kl: has no second derivative (its gradients were made in the forward)", len(gradients)
-    )
-    return error(*(None if g is None else g.detach().requires_grad_() for g in gradients))
 
 
 def _times(gradient: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
@@ -131,4 +137,72 @@ def _times(gradient: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
     return gradient
 
 
-linear_kl.register_autograd(_gradient, setup_context=_save)
+# ------------------------------------------------------------------------------------------------------ eager calls
+
+
+class LinearKL(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        inputs: tuple[Tensor | None, ...],
+        scalars: tuple[float, float, float | None],
+        spec: LossSpec,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.scalars, ctx.spec, ctx.needs = scalars, spec, (hidden.requires_grad, weight.requires_grad)
+        loss, metrics, *gradients = LinearKL.run(ctx, hidden, weight, bias, *inputs)
+        ctx.gradients = tuple(gradients)
+        ctx.save_for_backward(hidden, weight, bias, *inputs)
+        ctx.mark_non_differentiable(metrics)
+        ctx.set_materialize_grads(False)
+        return loss, metrics
+
+    @staticmethod
+    def run(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        ids: Tensor,
+        teacher: Tensor,
+        log_weights: Tensor,
+        proximal: Tensor | None,
+        denominator: Tensor,
+    ) -> _Outputs:
+        support = (ids, teacher, log_weights, proximal)
+        return _run(hidden, Head(weight, bias, *ctx.scalars), mask, support, denominator, *ctx.needs, ctx.spec)
+
+    @staticmethod
+    @first_order("linear_kl")
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:  # a second backward through a graph that was retained
+            gradients = LinearKL.run(ctx, *ctx.saved_tensors)[2:]
+        return *_scaled(ctx, gradients, grad, in_place=plain(grad)), None, None, None
+
+
+def loss_and_metrics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    inputs: tuple[Tensor | None, ...],
+    scalars: tuple[float, float, float | None],
+    spec: LossSpec,
+) -> tuple[Tensor, Tensor]:
+    """`linear_kl` without its gradients: they are the backward's alone, which may scale them in place.
+
+    inputs: mask, ids, teacher, log_weights, proximal and denominator, in that order. Some gradient has to be needed.
+    """
+    if plain(hidden, weight, bias, *inputs):
+        return LinearKL.apply(hidden, weight, bias, inputs, scalars, spec)
+    needs = (hidden.requires_grad, weight.requires_grad)
+    loss, metrics, *_ = linear_kl(hidden, weight, bias, *inputs, *scalars, *needs, spec.text)
+    # The context that `_gradient` is given; not so where functorch wraps it.
+    if not torch.compiler.is_compiling() and hasattr(loss.grad_fn, "gradients"):
+        loss.grad_fn.owns_gradients = True
+    return loss, metrics

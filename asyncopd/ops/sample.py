@@ -6,11 +6,11 @@ from torch import Tensor
 from asyncopd.backends import select
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
+from asyncopd.ops.eager import plain
 from asyncopd.support import Draw
 
 
-@torch.library.custom_op("asyncopd::sample_support", mutates_args=())
-def _sample(
+def _run(
     logits: Tensor,
     num_samples: int,
     head: int,
@@ -21,6 +21,9 @@ def _sample(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     run = select("sample_support", logits.device, logits.dtype)
     return run(logits, num_samples, head, seed, streams, sampled_ids, temperature)
+
+
+_sample = torch.library.custom_op("asyncopd::sample_support", _run, mutates_args=())
 
 
 @_sample.register_fake
@@ -82,5 +85,6 @@ def sample_support(
     if sampled_ids is not None:
         checks.check_row_vector("sampled_ids", sampled_ids, logits, "logits", (torch.int32, torch.int64))
         checks.check_count("num_samples", num_samples, 1, None, "sampled_ids takes the place of a draw")
-    out = _sample(logits.detach(), num_samples, head, seed, streams, sampled_ids, float(temperature))
+    call = _run if plain(logits, streams, sampled_ids) else _sample
+    out = call(logits.detach(), num_samples, head, seed, streams, sampled_ids, float(temperature))
     return Draw(*out)

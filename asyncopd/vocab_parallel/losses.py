@@ -9,7 +9,7 @@ from asyncopd.losses.correction import Correction
 from asyncopd.losses.kl import check_support, forward_spec, kl_of_scores, proximal_of, reverse_spec
 from asyncopd.losses.linear import head_work
 from asyncopd.losses.options import Baseline, Normalize, Reduction, Tail
-from asyncopd.losses.reduce import check_reduction, reduce_rows
+from asyncopd.losses.reduce import check_reduction
 from asyncopd.ops import checks
 from asyncopd.support import Support
 from asyncopd.vocab_parallel.scores import vocab_parallel_scores
@@ -106,6 +106,4 @@ def _vocab_parallel_kl(
     mask = checks.check_mask(mask, hidden, "hidden")
     scores = vocab_parallel_scores(hidden, weight, support.ids, mask, head_work(spec), bias, *scalars, shard)
     # The [N, K] loss is every rank's own: the same numbers, made by the same code.
-    rows, metrics = kl_of_scores(scores, support, mask, proximal, spec)
-    loss = reduce_rows(rows, mask, reduction, num_items)
-    return (loss, metrics) if spec.metrics else loss
+    return kl_of_scores(scores, support, mask, proximal, spec, reduction, num_items)

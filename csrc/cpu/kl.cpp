@@ -35,7 +35,8 @@ struct Problem {
   int32_t certain_mask;  // 1 where entries of log-weight 0 were not drawn
   bool has_cap, clips, seeks_threshold, measures;
   float log_cap, log_low, log_high, log_proximal_cap;
-  float *losses, *coef;
+  float *losses, *coef;  // losses may be null
+  float scale;           // of the coefficients, as they are stored
 };
 
 // Some entries and all that is computed for them. Arrays of one struct cannot overlap, which lets the compiler
@@ -57,11 +58,13 @@ struct Tile {
 
 // Sums over the rows of a block.
 struct Totals {
+  double loss = 0.0;
   double student_mass = 0.0, teacher_mass = 0.0, effective_entries = 0.0, coef_sum = 0.0, ratio_sum = 0.0;
   int64_t rows = 0, rows_without_certain = 0;  // rows that have entries
   int64_t entries = 0, certain = 0, drawn = 0, changed = 0;
 
   void add(const Totals& other) {
+    loss += other.loss;
     student_mass += other.student_mass;
     teacher_mass += other.teacher_mass;
     effective_entries += other.effective_entries;
@@ -289,6 +292,10 @@ int refusal(const Totals& totals, const KlOptions& options) {
   return options.needs_policy && options.head_is_certain && all_certain ? kNoPolicy : kOk;
 }
 
+int64_t rows_that_count(const uint8_t* mask, int64_t rows) {
+  return mask == nullptr ? rows : rows - std::count(mask, mask + rows, uint8_t{0});
+}
+
 float log_or_infinity(double x) { return std::isnan(x) ? kInf : static_cast<float>(std::log(x)); }
 
 }  // namespace
@@ -298,7 +305,8 @@ using namespace asyncopd;
 
 int asyncopd_cpu_kl_rows(const float* student, const float* teacher, const float* log_weights, const void* ids,
                          int id_type, const uint8_t* mask, const float* proximal, int64_t rows, int64_t num_ids,
-                         const KlOptions* options, float* losses, float* coef, float* metrics, int threads, int isa) {
+                         const KlOptions* options, double denominator, float* losses, float* loss, float* coef,
+                         float* metrics, int threads, int isa) {
   isa = resolve_isa(isa);
   // A lane counts its entries in 32 bits.
   if (isa < 0 || (id_type != kInt32 && id_type != kInt64) || num_ids > INT32_MAX) return kBadArgument;
@@ -324,10 +332,17 @@ int asyncopd_cpu_kl_rows(const float* student, const float* teacher, const float
   problem.measures = metrics != nullptr;
   problem.losses = losses;
   problem.coef = coef;
+  problem.scale = 1.0f;
+  if (denominator < 0.0) denominator = static_cast<double>(std::max<int64_t>(1, rows_that_count(mask, rows)));
+  // A tensor of the caller's holds no more digits.
+  denominator = static_cast<float>(denominator);
 
   const bool short_rows = num_ids < kLanes;
-  const Launch launch{kSelect[isa](id_type, short_rows), rows, num_ids, short_rows, threads};
-  const int64_t groups = std::max<int64_t>(1, short_rows ? num_ids : (num_ids + kLanes - 1) / kLanes);
+  const bool usual = scored && !corrects && !options->needs_policy && !options->sampled && metrics == nullptr &&
+                     options->baseline == kNoBaseline && !short_rows;
+  const Launch launch{kSelect[isa](id_type, short_rows, usual), rows, num_ids, short_rows, threads};
+  const int64_t tile_groups = std::max<int64_t>(1, short_rows ? num_ids : (num_ids + kLanes - 1) / kLanes);
+  const int64_t groups = usual ? 0 : tile_groups;
   if (budgeted) {
     problem.seeks_threshold = true;
     Scratches moments(groups);
@@ -342,9 +357,26 @@ int asyncopd_cpu_kl_rows(const float* student, const float* teacher, const float
     problem.log_low = options->clip_eps < 1.0 ? static_cast<float>(std::log1p(-options->clip_eps)) : -kInf;
   }
   problem.clips = clipped || budgeted;
+  problem.scale = static_cast<float>(1.0 / denominator);
   Scratches scratches(groups);
   const Totals totals = run(launch, problem, scratches);
   if (const int status = refusal(totals, *options)) return status;
+  if (loss != nullptr) *loss = static_cast<float>(totals.loss / denominator);
   if (metrics != nullptr) write_metrics(totals, scratches, metrics);
   return kOk;
+}
+
+void asyncopd_cpu_scale_rows(float* values, int64_t rows, int64_t columns, const float* factors, int64_t stride,
+                             int threads) {
+  parallel_rows(rows, columns, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const float factor = factors[n * stride];
+      float* row = values + n * columns;
+      if (factor == 0.0f) {
+        std::fill(row, row + columns, 0.0f);
+      } else if (factor != 1.0f) {
+        for (int64_t k = 0; k < columns; ++k) row[k] *= factor;
+      }
+    }
+  });
 }

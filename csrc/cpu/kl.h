@@ -30,7 +30,10 @@ constexpr int kKlMetrics = 7;
 // ids       [rows, num_ids] id_type, contiguous; below 0 is a pad
 // mask      [rows]          bytes, 0 for a row that does not count; or nullptr
 // proximal  [rows, num_ids] float32 log p_prox, or nullptr
-// losses    [rows]          float32
+// denominator               what the coefficients and the loss are divided by, as a float; negative: the number of rows
+//           that count, or 1
+// losses    [rows]          float32, not divided; or nullptr
+// loss      [1]             float32, the sum of the losses; or nullptr
 // coef      [rows, num_ids] float32
 // metrics   [kKlMetrics]    float32, the fields of LossMetrics; the percentile is a histogram's, to 0.4 %;
 //           or null: half of the time of the plain loss goes into them
@@ -41,5 +44,10 @@ constexpr int kKlMetrics = 7;
 // that were sampled) or kNoPolicy (a correction on rows that all have certain entries).
 int asyncopd_cpu_kl_rows(const float* student, const float* teacher, const float* log_weights, const void* ids,
                          int id_type, const uint8_t* mask, const float* proximal, int64_t rows, int64_t num_ids,
-                         const KlOptions* options, float* losses, float* coef, float* metrics, int threads, int isa);
+                         const KlOptions* options, double denominator, float* losses, float* loss, float* coef,
+                         float* metrics, int threads, int isa);
+
+// values [rows, columns] times factors[n * stride] in place; a factor of 0 gives 0, whatever the values are.
+void asyncopd_cpu_scale_rows(float* values, int64_t rows, int64_t columns, const float* factors, int64_t stride,
+                             int threads);
 }

@@ -98,22 +98,35 @@ ASYNCOPD_INLINE void load(const Problem& problem, int64_t n, int64_t rows, const
   }
 }
 
+ASYNCOPD_INLINE void store_coefficients(const float* __restrict coef, float scale, int count, float* __restrict out) {
+  if (count == kLanes) {
+    for (int l = 0; l < kLanes; ++l) out[l] = coef[l] * scale;
+  } else {
+    for (int l = 0; l < count; ++l) out[l] = coef[l] * scale;
+  }
+}
+
 template <int kRows>
 void store(const Problem& problem, int64_t n, int64_t rows, const Tile& t, const PerRow<kRows>& losses) {
   const int64_t width = problem.num_ids;
   if (kRows == 1) {
-    problem.losses[n] = static_cast<float>(losses.at[0]);
+    if (problem.losses != nullptr) problem.losses[n] = static_cast<float>(losses.at[0]);
     float* out = problem.coef + n * width;
     int64_t left = width;
     for (const Group* g = t.begin; g < t.end; ++g, out += kLanes, left -= kLanes) {
-      std::memcpy(out, g->coef, static_cast<size_t>(left < kLanes ? left : kLanes) * sizeof(float));
+      store_coefficients(g->coef, problem.scale, left < kLanes ? static_cast<int>(left) : kLanes, out);
     }
     return;
   }
   for (int r = 0; r < kRows && n + r < rows; ++r) {
-    problem.losses[n + r] = static_cast<float>(losses.at[r]);
-    for (int64_t k = 0; k < width; ++k) problem.coef[(n + r) * width + k] = t.begin[k].coef[r];
+    if (problem.losses != nullptr) problem.losses[n + r] = static_cast<float>(losses.at[r]);
+    for (int64_t k = 0; k < width; ++k) problem.coef[(n + r) * width + k] = t.begin[k].coef[r] * problem.scale;
   }
+}
+
+ASYNCOPD_INLINE void store_masked_row(const Problem& problem, int64_t n, float coef) {
+  if (problem.losses != nullptr) problem.losses[n] = 0.0f;
+  for (int64_t k = 0; k < problem.num_ids; ++k) problem.coef[n * problem.num_ids + k] = coef;
 }
 
 // How many entries of each row there are, and how many of them were drawn.
@@ -231,10 +244,8 @@ template <int kRows, typename Id>
 void kl_rows(const Problem& problem, const Tile& t, Histogram& histogram, int64_t begin, int64_t end, Totals& totals) {
   for (int64_t n = begin; n < end; n += kRows) {
     if (kRows == 1 && !counts(problem, n)) {
-      problem.losses[n] = 0.0f;
       // While the threshold is sought, an entry that cannot bind.
-      const float nothing = problem.seeks_threshold ? -1.0f : 0.0f;
-      for (int64_t k = 0; k < problem.num_ids; ++k) problem.coef[n * problem.num_ids + k] = nothing;
+      store_masked_row(problem, n, problem.seeks_threshold ? -1.0f : 0.0f);
       continue;
     }
     Tally tally{};
@@ -253,12 +264,16 @@ void kl_rows(const Problem& problem, const Tile& t, Histogram& histogram, int64_
     } else if (problem.measures) {
       measure<kRows>(t, counts, totals, histogram);
     }
+    for (int r = 0; r < kRows && n + r < end; ++r) totals.loss += losses.at[r];
     store<kRows>(problem, n, end, t, losses);
   }
 }
 
-inline RowsFunction select(int id_type, bool short_rows) {
+#include "kl_usual.inl"
+
+inline RowsFunction select(int id_type, bool short_rows, bool usual) {
   const bool wide = id_type == kInt64;
+  if (usual) return wide ? usual_rows<int64_t> : usual_rows<int32_t>;
   if (short_rows) return wide ? kl_rows<kLanes, int64_t> : kl_rows<kLanes, int32_t>;
   return wide ? kl_rows<1, int64_t> : kl_rows<1, int32_t>;
 }

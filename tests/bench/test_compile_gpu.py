@@ -77,11 +77,31 @@ def test_kernels_are_compiled_in_other_processes_in_order() -> None:
 
 def test_every_launched_kernel_must_be_compiled() -> None:
     kernels = "import triton\n\n@triton.jit(do_not_specialize=['n'])\ndef forgotten(x, n):\n    pass\n"
-    launch = "def f(x, n):\n    m.forgotten[(4,)](x, n)\n    x[0]\n    torch.empty(3)\n"
-    triton_kernels.require_cases([kernels, launch], {"forgotten"})
     triton_kernels.require_cases([kernels, "forgotten(x, 3)"], set())  # a device function
-    with pytest.raises(ValueError, match="forgotten is launched and no compile_cases"):
-        triton_kernels.require_cases([kernels, launch], {"another"})
+    for launch in ("m.forgotten[(4,)](x, n)", "launch(m.forgotten, 4, x, n, num_warps=4)", "Prepared(forgotten, n)"):
+        source = f"def f(x, n):\n    {launch}\n    x[0]\n    torch.empty(3)\n"
+        triton_kernels.require_cases([kernels, source], {"forgotten"})
+        with pytest.raises(ValueError, match="forgotten is launched and no compile_cases"):
+            triton_kernels.require_cases([kernels, source], {"another"})
+
+
+@needs_triton
+def test_globals_of_kernels_are_equal_to_themselves() -> None:
+    """At a launch Triton compares each global that a kernel reads with a copy from the first one, by `!=`."""
+    from triton.language import constexpr
+
+    faults, read = {}, set()
+    modules = [sys.modules[name] for name in triton_kernels.modules()]
+    modules += [module for name, module in sys.modules.items() if name.startswith(f"{triton_kernels.PACKAGE}.")]
+    for module in {id(m): m for m in (*modules, triton_kernels._import("gate_kernels"))}.values():
+        for function in (value for value in vars(module).values() if hasattr(value, "used_global_vals")):
+            assert function.cache_key  # finds the globals
+            for (name, _), (value, _) in function.used_global_vals.items():
+                read.add(name)
+                if value != value or not isinstance(value, constexpr):
+                    faults[function.__name__, name] = value
+    assert set(faults) == {("reads_nan", "NAN")}  # the planted one
+    assert {"INF", "LOG2E", "FLOOR"} <= read
 
 
 @needs_triton

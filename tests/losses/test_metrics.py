@@ -23,7 +23,6 @@ from asyncopd import (
     linear_reverse_kl,
     reverse_kl,
 )
-from asyncopd.backends.loss_spec import SPEC_FIELDS, LossSpec
 
 pytestmark = pytest.mark.ops("kl_rows")
 
@@ -223,11 +222,3 @@ def test_compiled(backend: Backend, rng: torch.Generator) -> None:
     assert isinstance(metrics, LossMetrics)
     for a, b in zip((loss, *metrics), (lambda r: (r[0], *r[1]))(run(student)), strict=True):
         torch.testing.assert_close(a, b)
-
-
-def test_a_spec_survives_the_operator() -> None:
-    spec = LossSpec(divergence="forward", tail="bucket", head_is_certain=False, clip_eps=0.3, proximal_cap=2.0)
-    assert LossSpec.of(spec.arguments()) == spec
-    assert tuple(LossSpec.__dataclass_fields__) == SPEC_FIELDS
-    with pytest.raises(ValueError, match="tail: got 'drpo', expected one of 'drop'"):
-        LossSpec(tail="drpo")

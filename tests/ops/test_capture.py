@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncopd import backends
-from asyncopd.backends.loss_spec import SPEC_FIELDS, LossSpec
+from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference import rows, sample
 from asyncopd.backends.reference.head import Head
 
@@ -49,8 +49,8 @@ def call_backend(backend: str, name: str, args: tuple[Any, ...]) -> Any:
     It takes an op's arguments in their order, but those of a head and of a loss bundled, as the ops bundle them.
     """
     spec: tuple[LossSpec, ...] = ()
-    if name in ("kl_rows", "linear_kl"):
-        args, spec = args[: -len(SPEC_FIELDS)], (LossSpec.of(args[-len(SPEC_FIELDS) :]),)
+    if name in ("kl_rows", "kl_loss", "linear_kl"):
+        args, spec = args[:-1], (LossSpec.parse(args[-1]),)
     schema = getattr(OPS, name).default._schema
     named = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)}
     if "weight" in named:

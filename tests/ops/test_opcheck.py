@@ -60,15 +60,23 @@ CASES: list[tuple[str, tuple[Any, ...]]] = [
     ("linear_gather_logits_backward_into",
      (f32(N, K), f32(N, K), f32(N, H), f32(V, H), IDS, MASK, 0.7, 1.3, 4.0, f32(V, H).bfloat16(), f32(V))),
     ("linear_logsumexp", (f32(N, H), f32(V, H), *FULL)),
-    *(("kl_rows", (*args, *spec.arguments())) for args, spec in KL),
+    *(("kl_rows", (*args, spec.text)) for args, spec in KL),
+    *(("kl_loss", (*args, by, spec.text)) for args, spec in KL for by in (None, torch.tensor(3.0), torch.tensor(0.0))),
     ("linear_kl", (f32(N, H), f32(V, H), None, None, IDS, LOGQ, LOGW, None, torch.tensor(4.0), 1.0, 1.0, None,
-                   True, True, *LossSpec().arguments())),
+                   True, True, LossSpec().text)),
     ("linear_kl", (f32(N, H), f32(V, H), f32(V), MASK, IDS, LOGQ, LOGW, LOGP, torch.tensor(3), 0.7, 1.3, 4.0,
-                   True, True, *LossSpec(head_is_certain=False, needs_policy=True, clip_eps=0.2).arguments())),
+                   True, True, LossSpec(head_is_certain=False, needs_policy=True, clip_eps=0.2).text)),
     ("sample_support", (f32(N, V), 4, 2, 3, None, None, 0.7)),
     ("sample_support", (f32(N, V), 4, 0, 0, torch.arange(N), torch.arange(N), 1.0)),
 ]  # fmt: skip
-DIFFERENTIABLE = ("gather_logprobs", "linear_gather_logprobs", "linear_gather_logits", "kl_rows", "linear_kl")
+DIFFERENTIABLE = (
+    "gather_logprobs",
+    "linear_gather_logprobs",
+    "linear_gather_logits",
+    "kl_rows",
+    "kl_loss",
+    "linear_kl",
+)
 
 
 def with_gradients(args: tuple[Any, ...], count: int) -> tuple[Any, ...]:

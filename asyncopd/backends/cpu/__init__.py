@@ -13,7 +13,7 @@ from asyncopd.backends.cpu.head import (
     linear_topk_logprobs,
 )
 from asyncopd.backends.cpu.head_loss import linear_kl
-from asyncopd.backends.cpu.kl import kl_rows
+from asyncopd.backends.cpu.kl import kl_loss, kl_rows, scale_rows_
 from asyncopd.backends.cpu.logits import gather_logprobs, gather_logprobs_backward, sample_support, topk_logprobs
 from asyncopd.backends.cpu.sparse_head import (
     linear_gather_logits,
@@ -26,6 +26,7 @@ from asyncopd.backends.reference.linear_kl import scale_gradient_
 __all__ = [
     "gather_logprobs",
     "gather_logprobs_backward",
+    "kl_loss",
     "kl_rows",
     "linear_gather_logits",
     "linear_gather_logits_backward",
@@ -37,6 +38,7 @@ __all__ = [
     "linear_topk_logprobs",
     "sample_support",
     "scale_gradient_",
+    "scale_rows_",
     "topk_logprobs",
     "unavailable_reason",
 ]

@@ -8,6 +8,7 @@ from asyncopd.backends.reference.accumulate import linear_gather_logits_backward
 from asyncopd.backends.reference.extract import linear_topk_logprobs, topk_logprobs
 from asyncopd.backends.reference.gather import gather_logprobs, gather_logprobs_backward
 from asyncopd.backends.reference.kl import kl_rows
+from asyncopd.backends.reference.kl_loss import kl_loss, scale_rows_
 from asyncopd.backends.reference.linear import (
     linear_gather_logits,
     linear_gather_logits_backward,
@@ -21,6 +22,7 @@ from asyncopd.backends.reference.sample import sample_support
 __all__ = [
     "gather_logprobs",
     "gather_logprobs_backward",
+    "kl_loss",
     "kl_rows",
     "linear_gather_logits",
     "linear_gather_logits_backward",
@@ -32,6 +34,7 @@ __all__ = [
     "linear_topk_logprobs",
     "sample_support",
     "scale_gradient_",
+    "scale_rows_",
     "topk_logprobs",
 ]
 

@@ -1,0 +1,66 @@
+"""Whether an op may call its backend straight, without torch's dispatcher, and what such a call owes autograd.
+
+The custom ops are for what has to see an op as one call: torch.compile, fake tensors, functorch, dispatch and function
+modes. In an ordinary eager step nobody does, and the dispatcher's Python would cost several times what a small kernel
+takes: there an op is its backend's function, or one `torch.autograd.Function`. Both ways give the same bits, and the
+same behaviour.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+
+_Backward = Callable[..., tuple[Tensor | None, ...]]
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether these are ordinary tensors with data, in a call that nothing traces, transforms or intercepts."""
+    if (
+        torch.compiler.is_compiling()
+        or _len_torch_dispatch_stack()  # fake tensors, make_fx, selective checkpointing, flop counters
+        or _len_torch_function_stack()  # a default device, say: backends would allocate on it
+        or peek_interpreter_stack() is not None  # vmap, grad, jvp and functionalize of torch.func
+        or forward_ad._current_level >= 0
+        or _get_tracing_state() is not None
+    ):
+        return False
+    for tensor in tensors:  # noqa: SIM110, because all() of a generator takes twice as long
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
+            return False
+    return True
+
+
+def first_order(name: str) -> Callable[[_Backward], _Backward]:
+    """Of a backward that computes without a graph: whoever differentiates its gradients is told that there is none.
+
+    Autograd would take them for constants. With create_graph=True gradients are enabled in a backward. (Unlike
+    torch's `once_differentiable`, which says nothing where the upstream gradient itself needs no gradient.)
+    """
+
+    def decorate(backward: _Backward) -> _Backward:
+        def run(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+            if not torch.is_grad_enabled():
+                return backward(ctx, *grads)
+            with torch.no_grad():
+                gradients = backward(ctx, *grads)
+            return _without_derivative(name, gradients)
+
+        return run
+
+    return decorate
+
+
+def _without_derivative(name: str, gradients: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    given = [g.detach().requires_grad_() for g in gradients if g is not None]
+    if not given:
+        return gradients
+    error: Any = torch._C._functions.DelayedError(f"{name}: has no second derivative".encode(), len(given))
+    refused = error(*given)
+    left = iter(refused if isinstance(refused, tuple) else (refused,))
+    return tuple(None if g is None else next(left) for g in gradients)
