@@ -12,6 +12,7 @@
     gates       ratios that must not be lost
     compile_gpu every GPU kernel compiled ahead of time, and gated
 
-`make bench` runs test_suite.py and prints the report. `make gates` runs test_gates.py and test_small_gates.py, and `make check-gpu` runs
-compile_gpu, as continuous integration does. On a machine with a GPU, bench/gpu.sh builds, tests and measures.
+`make bench` runs test_suite.py and prints the report. `make gates` runs test_gates.py, test_small_gates.py and
+test_host_gates.py, and `make check-gpu` runs compile_gpu, as continuous integration does. On a machine with a GPU,
+bench/gpu.sh builds, tests and measures.
 """
