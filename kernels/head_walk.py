@@ -35,7 +35,7 @@ from asyncopd.kernels import head_tile
 from asyncopd.kernels.gather import IDS, RIVALS, logprobs_at
 from asyncopd.kernels.gemm import product
 from asyncopd.kernels.head_gradients import Gradients, unit_of
-from asyncopd.kernels.launch import INTERPRET, Scale, on_device
+from asyncopd.kernels.launch import INTERPRET, Scale, launch
 
 TILE_ELEMENTS = 1 << 26  # of a block, beside a 16-bit head: 128 MiB of dx, 256 of x; half as many beside an fp32 one
 KEPT_BYTES = 560 << 20
@@ -284,52 +284,53 @@ class Walk:
         (rows, k), values = self.ids.shape, torch.empty_like(self.at_ids)
         blocks = triton.cdiv(k, IDS)
         if rows * blocks:
-            with on_device(values):
-                head_tile.values_kernel[(rows * blocks,)](
-                    grad,
-                    self.ids,
-                    self.at_ids,
-                    logprobs,
-                    totals,
-                    values,
-                    k,
-                    blocks,
-                    self.head.logit_scale,
-                    self._softcap,
-                    self.scale.t,
-                    self.head.softcap is not None,
-                    IDS,
-                    RIVALS,
-                    num_warps=4,
-                )
+            launch(
+                head_tile.values_kernel,
+                rows * blocks,
+                grad,
+                self.ids,
+                self.at_ids,
+                logprobs,
+                totals,
+                values,
+                k,
+                blocks,
+                self.head.logit_scale,
+                self._softcap,
+                self.scale.t,
+                self.head.softcap is not None,
+                IDS,
+                RIVALS,
+                num_warps=4,
+            )
         return values
 
     def _scatter(self, values: Tensor, dx: Tensor, cols: slice) -> None:
         rows, k = self.ids.shape
         blocks = triton.cdiv(k, IDS)
         if rows * blocks:
-            with on_device(values):
-                head_tile.scatter_kernel[(rows * blocks,)](
-                    values,
-                    self.ids,
-                    self.count,
-                    dx,
-                    dx.stride(0),
-                    cols.start,
-                    dx.shape[1],
-                    k,
-                    blocks,
-                    self.count is not None,
-                    IDS,
-                    INTERPRET,
-                    num_warps=4,
-                )
+            launch(
+                head_tile.scatter_kernel,
+                rows * blocks,
+                values,
+                self.ids,
+                self.count,
+                dx,
+                dx.stride(0),
+                cols.start,
+                dx.shape[1],
+                k,
+                blocks,
+                self.count is not None,
+                IDS,
+                INTERPRET,
+                num_warps=4,
+            )
 
     def _launch(self, kernel: Any, block: Block, *arguments: Any) -> None:
         """A program for every tile of every row."""
         if rows := self.hidden.shape[0]:
-            with on_device(self.hidden):
-                kernel[(rows * block.tiles,)](*arguments, num_warps=WARPS)
+            launch(kernel, rows * block.tiles, *arguments, num_warps=WARPS)
 
     @property
     def _softcap(self) -> float:

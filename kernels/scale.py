@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import INTERPRET, on_device
+from asyncopd.kernels.launch import INTERPRET, launch
 from asyncopd.kernels.numeric import to_storage
 
 BLOCK = 4096  # elements of a program at a time
@@ -41,10 +41,16 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
         raise ValueError(f"gradient: got strides {list(gradient.stride())}, expected a contiguous tensor")
     size = gradient.numel()
     if size:
-        with on_device(gradient):
-            _scale_kernel[(min(PROGRAMS, triton.cdiv(size, BLOCK)),)](
-                gradient, factor, size, BLOCK, INTERPRET, num_warps=8
-            )
+        launch(
+            _scale_kernel,
+            min(PROGRAMS, triton.cdiv(size, BLOCK)),
+            gradient,
+            factor,
+            size,
+            BLOCK,
+            INTERPRET,
+            num_warps=8,
+        )
 
 
 def compile_cases() -> list[CompileCase]:
