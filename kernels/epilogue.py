@@ -14,7 +14,7 @@ from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import on_device
-from asyncopd.kernels.numeric import LOG2E
+from asyncopd.kernels.numeric import LOG2E, rounded_product
 from asyncopd.kernels.summary import row_start
 
 TILE = 2048  # a program's columns
@@ -43,12 +43,12 @@ def head_logit(x, bias, logit_scale, softcap, softcap_inverse, HAS_BIAS: tl.cons
     """x, bias: fp32. Every step is rounded by itself, so the same product is the same logit in every kernel."""
     if HAS_BIAS:
         x = x + bias
-    x = x * logit_scale
+    x = rounded_product(x, logit_scale)
     if HAS_CAP:
         ratio = x * softcap_inverse
         # As a division rounds; not where the ratio is infinite.
         exact = tl.fma(tl.fma(-ratio, softcap, x), softcap_inverse, ratio)
-        x = softcap * tanh(tl.where(tl.abs(ratio) < 16.0, exact, ratio))
+        x = rounded_product(softcap, tanh(tl.where(tl.abs(ratio) < 16.0, exact, ratio)))
     return x
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from asyncopd.backends.reference.rows import PAD, check_ids_in_range
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import INTERPRET, Scale, check_ids, check_logits, on_device, padded
-from asyncopd.kernels.numeric import INF, LOG2E, NAN, log_ratio, logsumexp_of, row_logsumexp, to_storage
+from asyncopd.kernels.numeric import INF, LOG2E, log_ratio, logsumexp_of, row_logsumexp, to_storage
 from asyncopd.kernels.summary import TILE_GROUPS, count_groups, row_start, shift_of, summarize
 
 IDS = 128  # a program's ids
@@ -59,7 +59,7 @@ def _gather_kernel(
     z = tl.load(row_start(logits, row, row_stride) + place, mask=inside, other=0.0).to(tl.float32)
     out = log_ratio(z, top, log_high, log_low, t, t_low)
     # A device cannot refuse an id; it is not read, and shows.
-    out = tl.where(token == -1, -INF, tl.where(inside, out, NAN))
+    out = tl.where(token == -1, -INF, tl.where(inside, out, float("nan")))
     tl.store(row_start(logprobs, row, k) + at, out, mask=at < k)
     if block == 0:
         tl.store(lse + row, logsumexp_of(top, log_high, log_low, t, t_low))

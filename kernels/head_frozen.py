@@ -35,7 +35,7 @@ from asyncopd.kernels.gemm import product
 from asyncopd.kernels.head_tile import is_row, slope_of, value_at_ids
 from asyncopd.kernels.head_walk import Walk
 from asyncopd.kernels.launch import INTERPRET, launch, padded
-from asyncopd.kernels.numeric import INF, LOG2E, NAN, row_logsumexp, to_storage
+from asyncopd.kernels.numeric import INF, LOG2E, row_logsumexp, to_storage
 from asyncopd.kernels.sparse_entries import Entries
 from asyncopd.kernels.sparse_rows import launch_hidden_gradient
 from asyncopd.kernels.summary import row_start, shift_of
@@ -118,7 +118,7 @@ def _online_kernel(
             total += _store_e(to, more, origin, start + column, stride, softcap, scale, HAS_CAP, SHIFT, INTERPRET)
         tl.store(peaks + at, peak)
         # As the row summary has it: NaN where there is one, and 1 from a peak of inf.
-        tl.store(sums + at, tl.where(total != total, NAN, tl.where(peak == INF, 1.0, total)))
+        tl.store(sums + at, tl.where(total != total, float("nan"), tl.where(peak == INF, 1.0, total)))
         if (block > 0) & (peak != before):
             factor = tl.exp2((before - origin) * scale)
             for start in range(0, width, TILE):
@@ -195,7 +195,7 @@ def _corrections_kernel(
         peak, log_high, log_low = row_logsumexp(peaks + start, sums + start, blocks, scale, scale_low, BLOCKS, FIXED)
         share = tl.exp2(-(log_high + log_low) * LOG2E) * (2.0**-SHIFT) * (-total * t) * logit_scale
         # Infinite logits share the mass among them, and what that is is not a number.
-        share = tl.where(peak == INF, NAN, share)
+        share = tl.where(peak == INF, float("nan"), share)
         # A row without gradient or mass never multiplies its U, which may be NaN.
         tl.store(shares + row, tl.where((total == 0.0) | ((peak == -INF) & (log_high == log_high)), 0.0, share))
 

@@ -20,7 +20,7 @@ from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.epilogue import Epilogue, head_logit
 from asyncopd.kernels.gemm import FP32, GROUP_ROWS, LARGE, SMALL, Tile, tile_for, tile_of, tile_product
 from asyncopd.kernels.launch import INTERPRET, Scale, on_device, padded, warps_for
-from asyncopd.kernels.numeric import INF, NAN, exp_scaled, log_fixed, logsumexp_of, to_fixed
+from asyncopd.kernels.numeric import INF, exp_scaled, log_fixed, logsumexp_of, to_fixed
 from asyncopd.kernels.summary import GROUP, count_groups, row_start, shift_of
 
 
@@ -53,7 +53,7 @@ def _write_group(
     # Measured from 0 where the peak is infinite, exponentials are 0 or inf, and a sum is NaN only if it has a NaN.
     origin = tl.where(tl.abs(peak) == INF, 0.0, peak)
     total = tl.sum(tl.exp2((z - origin[:, None]) * scale), axis=1)
-    peak = tl.where(total != total, NAN, peak)
+    peak = tl.where(total != total, float("nan"), peak)
     total = tl.where(peak == INF, 1.0, total)
     # The last tile may begin groups that are beyond the row.
     there = row < tl.where(group * GROUP < columns, rows, 0)
@@ -178,11 +178,11 @@ def _merge_kernel(
     # A row of NaN or infinities is not summed: its total is one that a logarithm takes.
     mass = tl.sum(to_fixed(tl.where(regular, masses, 0.0), SHIFT), axis=0)
     log_high, log_low = log_fixed(tl.where(regular, mass, 1 << SHIFT), SHIFT)
-    log_high = tl.where(regular, log_high, tl.where(broken, NAN, 0.0))
+    log_high = tl.where(regular, log_high, tl.where(broken, float("nan"), 0.0))
     log_low = tl.where(regular, log_low, 0.0)
     tl.store(row_peaks + row, top)
     row_sum = mass.to(tl.float32) * (1.0 / (1 << SHIFT))
-    tl.store(row_sums + row, tl.where(regular, row_sum, tl.where(broken, NAN, 1.0)))
+    tl.store(row_sums + row, tl.where(regular, row_sum, tl.where(broken, float("nan"), 1.0)))
     tl.store(lse + row, logsumexp_of(top, log_high, log_low, t, t_low))
 
 

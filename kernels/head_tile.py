@@ -28,7 +28,7 @@ import triton.language as tl
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.epilogue import head_logit
 from asyncopd.kernels.gather import IDS, RIVALS, softmax_term, sum_over_equal_ids
-from asyncopd.kernels.numeric import INF, LOG2E, NAN, to_storage
+from asyncopd.kernels.numeric import INF, LOG2E, to_storage
 from asyncopd.kernels.summary import group_summary, irregular_summary, row_start
 
 MAX_TILE = 4096  # columns of a program
@@ -109,7 +109,10 @@ def forward_kernel(
         peak, total = tl.max(peak, axis=0), tl.max(total, axis=0)
         if total != total:
             peaks, totals = irregular_summary(y[None, :], scale)
-            peak, total = tl.max(peaks, axis=0), tl.where(tl.max((totals != totals).to(tl.int32), axis=0) > 0, NAN, 1.0)
+            peak, total = (
+                tl.max(peaks, axis=0),
+                tl.where(tl.max((totals != totals).to(tl.int32), axis=0) > 0, float("nan"), 1.0),
+            )
         at = row.to(tl.int64) * tiles + first_tile + tile
         tl.store(tile_peaks + at, peak)
         tl.store(tile_sums + at, total)
@@ -177,7 +180,9 @@ def backward_kernel(
                 origin = tl.where(tl.abs(peak) == INF, 0.0, peak)
                 share = tl.exp2(tl.fma(origin, t, -row_lse) * LOG2E) * (-total * t)
                 # Where there is no mass there is nothing of an infinite share either, but a NaN row is NaN everywhere.
-                value = tl.where(value == 0.0, tl.where(row_lse == row_lse, 0.0, NAN), value * share) * logit_scale
+                value = (
+                    tl.where(value == 0.0, tl.where(row_lse == row_lse, 0.0, float("nan")), value * share) * logit_scale
+                )
                 # A row without mass or gradient never multiplies its e, which may be NaN.
                 value = tl.where((total == 0.0) | (row_lse == -INF), 0.0, value)
                 tl.store(to, to_storage(value, dx.dtype.element_ty, INTERPRET), mask=there)

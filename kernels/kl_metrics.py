@@ -19,7 +19,7 @@ from torch import Tensor
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.kl_divergence import row_sum
 from asyncopd.kernels.launch import on_device
-from asyncopd.kernels.numeric import INF, NAN, exp_precise, sum_pair
+from asyncopd.kernels.numeric import INF, exp_precise, sum_pair
 
 COARSE = 256  # bins of the exponent
 FINE = 128  # of the 7 bits below
@@ -131,7 +131,7 @@ def _metrics_kernel(
         # The middle of the bin; where it holds no finite numbers, what it does hold; 0 for the lowest, or for none.
         bits = (exponent << 23) | (within << 16) | 0x8000
         percentile = tl.where(bits == 0x8000, 0, bits).to(tl.float32, bitcast=True)
-        percentile = tl.where(exponent == 255, tl.where(within == 0, INF, NAN), percentile)
+        percentile = tl.where(exponent == 255, tl.where(within == 0, INF, float("nan")), percentile)
         tl.store(metrics + metric, tl.where(rank == 0, 0.0, percentile))
     else:
         lane = tl.arange(0, BLOCK)

@@ -2,13 +2,15 @@
 
 There is no fp64 on the device. Where one float is not enough, a number is a pair (hi, lo) whose sum it is; where
 rounding would have to be the same in whatever order a sum is taken, it is an integer (fixed point in 64 bits).
+
+NaN is written `float("nan")` where it is needed and is no global constant: Triton compares the globals that a kernel
+reads with what they were when it was compiled, NaN is not equal to itself, and so every launch would be refused.
 """
 
 import triton
 import triton.language as tl
 
 INF = tl.constexpr(float("inf"))
-NAN = tl.constexpr(float("nan"))
 LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_LOW = tl.constexpr(1.9259629911266175e-08)  # what fp32 leaves of it
 LN2 = tl.constexpr(0.6931471805599453)
@@ -54,6 +56,17 @@ def to_storage(x, dtype: tl.constexpr, INTERPRET: tl.constexpr):  # fp32 -> dtyp
 
 
 @triton.jit
+def rounded_product(a, b):
+    """a * b, rounded before anything is added to it; a product of -0 is +0.
+
+    The compiler may turn `a * b + c` into one fused multiply-add, which adds the product before it is rounded. Where
+    the rounding error of a product is added separately, or where equal products must cancel, the result is then wrong.
+    A fused sum with 0.0 is not merged with another one, and costs what a product does (-0.0 would be removed).
+    """
+    return tl.fma(a, b, 0.0)
+
+
+@triton.jit
 def sum_pair(a, b):
     """a + b and its rounding error, exactly."""
     total = a + b
@@ -64,7 +77,7 @@ def sum_pair(a, b):
 @triton.jit
 def product_pair(a, b):
     """a * b and its rounding error, exactly."""
-    product = a * b
+    product = rounded_product(a, b)
     return product, tl.fma(a, b, -product)
 
 
@@ -74,7 +87,7 @@ def exp_scaled(x, scale, scale_low):  # fp32 x <= 0, scale + scale_low = log2(e)
     power, low = product_pair(x, scale)
     low = tl.fma(x, scale_low, low)
     # Where the power is -inf or nearly so, `low` may be NaN.
-    return tl.where(power < -150.0, 0.0, tl.exp2(power) * tl.fma(low, LN2, 1.0))
+    return tl.where(power < -150.0, 0.0, rounded_product(tl.exp2(power), tl.fma(low, LN2, 1.0)))
 
 
 @triton.jit
@@ -83,7 +96,7 @@ def exp_precise(x):  # fp32
     power, low = product_pair(x, LOG2E)
     low = tl.fma(x, LOG2E_LOW, low)
     # Out of range `low` may be NaN; what rounds a power that large is of no account.
-    return tl.exp2(power) * tl.where(tl.abs(power) < 150.0, tl.fma(low, LN2, 1.0), 1.0)
+    return rounded_product(tl.exp2(power), tl.where(tl.abs(power) < 150.0, tl.fma(low, LN2, 1.0), 1.0))
 
 
 @triton.jit
@@ -148,5 +161,5 @@ def row_logsumexp(
     origin = tl.where(regular, peak, 0.0)
     masses = tl.where(regular, sums * exp_scaled(peaks - origin, scale, scale_low), 1.0)
     log_high, log_low = log_fixed(tl.sum(to_fixed(masses, SHIFT), axis=0), SHIFT)
-    log_high = tl.where(regular, log_high, tl.where(broken, NAN, 0.0))
+    log_high = tl.where(regular, log_high, tl.where(broken, float("nan"), 0.0))
     return peak, log_high, tl.where(regular, log_low, 0.0)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import Scale, on_device, padded, warps_for
-from asyncopd.kernels.numeric import INF, NAN, exp_scaled, order_key, to_fixed
+from asyncopd.kernels.numeric import INF, exp_scaled, order_key, to_fixed
 from asyncopd.kernels.summary import GROUP, Summary, count_groups, irregular_summary, row_start, shift_of
 
 HEADS = 16  # ids of the head at a time
@@ -101,7 +101,7 @@ def _rest_kernel(
     tl.store(
         row_start(cdf, row, group_stride) + group, tl.cumsum(to_fixed(mass, SHIFT), axis=0), mask=group < group_stride
     )
-    tl.store(rest_peaks + row, tl.where(broken > 0, NAN, top))
+    tl.store(rest_peaks + row, tl.where(broken > 0, float("nan"), top))
 
 
 def launch_rest(logits: Tensor, summary: Summary, ids: Tensor, head: int, scale: Scale) -> tuple[Tensor, Tensor]:

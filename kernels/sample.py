@@ -26,7 +26,6 @@ from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import Scale, check_logits, float_pair, on_device, padded
 from asyncopd.kernels.numeric import (
     INF,
-    NAN,
     exp_scaled,
     log_fixed,
     log_ratio,
@@ -159,7 +158,7 @@ def _draw_kernel(
     # log w = log(rest) - log M - z / T, and log mu = z / T - LSE.
     z = tl.load(base + token).to(tl.float32)
     rest_high, rest_low = log_fixed(tl.where(regular, total, 1), SHIFT)
-    rest_high = tl.where(regular, rest_high, tl.where(rest_peak == rest_peak, 0.0, NAN))
+    rest_high = tl.where(regular, rest_high, tl.where(rest_peak == rest_peak, 0.0, float("nan")))
     rest_high, error = sum_pair(rest_high, -log_count)
     rest_low = tl.where(regular, error + (rest_low - log_count_low), 0.0)
     weight = -log_ratio(z, rest_peak, rest_high, rest_low, t, t_low)

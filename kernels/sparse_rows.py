@@ -34,7 +34,7 @@ from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import INTERPRET, launch, padded
-from asyncopd.kernels.numeric import INF, NAN, sum_pair, to_storage
+from asyncopd.kernels.numeric import INF, sum_pair, to_storage
 from asyncopd.kernels.softcap import Factors, logit_of
 from asyncopd.kernels.sparse_entries import Entries
 from asyncopd.kernels.summary import row_start
@@ -119,7 +119,7 @@ def _finish_kernel(
     total = tl.where(tl.abs(total) < INF, total + low, total)
     z = logit_of(total, inner, inner_low, outer, outer_low, HAS_CAP)
     # A device cannot refuse an id; it is not read, and shows.
-    z = tl.where(inside, z, tl.where(token == -1, -INF, NAN))
+    z = tl.where(inside, z, tl.where(token == -1, -INF, float("nan")))
     tl.store(logits + at, z, mask=at < count)
 
 

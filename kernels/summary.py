@@ -27,7 +27,7 @@ from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.launch import Scale, on_device
-from asyncopd.kernels.numeric import INF, NAN, exp_scaled
+from asyncopd.kernels.numeric import INF, exp_scaled
 
 GROUP = 64
 TILE_GROUPS = 64
@@ -58,7 +58,7 @@ def irregular_summary(z, scale):
     origin = tl.where(tl.abs(peaks) == INF, 0.0, peaks)
     sums = tl.sum(tl.exp2((z - origin[:, None]) * scale), axis=1)
     sums = tl.where(peaks == INF, 1.0, sums)
-    return peaks, tl.where(tl.max(is_nan.to(tl.int32), axis=1) > 0, NAN, sums)
+    return peaks, tl.where(tl.max(is_nan.to(tl.int32), axis=1) > 0, float("nan"), sums)
 
 
 @triton.jit
@@ -98,8 +98,8 @@ def _summary_kernel(
         peak, total = irregular_summary(z, scale)
         tile_peak = tl.max(peak, axis=0)
         # NaN if one of them is: then the tile's is, whatever else there is; otherwise it holds +inf.
-        tile_sum = tl.where(tl.max((total != total).to(tl.int32), axis=0) > 0, NAN, 1.0)
-        peak = tl.where(total != total, NAN, peak)
+        tile_sum = tl.where(tl.max((total != total).to(tl.int32), axis=0) > 0, float("nan"), 1.0)
+        peak = tl.where(total != total, float("nan"), peak)
     tl.store(tile_peaks + row.to(tl.int64) * tiles + tile, tile_peak)
     tl.store(tile_sums + row.to(tl.int64) * tiles + tile, tile_sum)
     at = tile * TILE_GROUPS + group

@@ -9,9 +9,9 @@ so no step chooses among more than max(V / 64, 8 K) keys, all in registers, and 
 other does. One program a row, the first choice in a kernel of its own: it takes 8 warps where the rest (K = 64) takes
 2, and a program's registers are those of its largest step.
 
-A choice is the K-th largest key, found by bisection between bounds that narrow from step to step (7 to 9 counts each in
-bf16, 23 in fp32, for usual rows), and one cumulative sum that places what is above it and the first of what equals it.
-Nothing is sorted; ranks are counted (K^2 compares).
+A choice is the K-th largest key, found by bisection between bounds that narrow from step to step (5 to 9 counts each in
+bf16, 8 to 13 in fp32, for usual rows), and one cumulative sum that places what is above it and the first of what equals
+it. Nothing is sorted; ranks are counted (K^2 compares).
 
 NaN comes first, -0 equals +0. Bytes of a row (V = 151,936, bf16, K = 64) after the summary's: peaks 4,748 and tiles
 304 read, 8,192 of logits read again twice over (the second time an eighth, from L1): with the summary 1.08 reads.
@@ -44,14 +44,17 @@ def store_best(
     count,
     BLOCK: tl.constexpr,
 ):
-    """Chooses the `count` largest keys, the first of equal ones; returns the smallest key chosen."""
+    """Chooses the `count` largest keys, the first of equal ones; returns a lower bound of the keys chosen.
+
+    The bisection ends at the smallest key chosen, or earlier, at any number that exactly `count` keys reach.
+    """
     low = lowest.to(tl.int64)
     high = tl.max(keys, axis=0).to(tl.int64)
     while low < high:
         middle = high - (high - low) // 2
         reached = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), axis=0)
         low = tl.where(reached >= count, middle, low)
-        high = tl.where(reached >= count, high, middle - 1)
+        high = tl.where(reached == count, middle, tl.where(reached > count, high, middle - 1))
     threshold = low.to(tl.int32)
     above = (keys > threshold).to(tl.int32)
     equal = (keys == threshold).to(tl.int32)
@@ -75,7 +78,7 @@ def _groups_kernel(
     GROUPS: tl.constexpr,  # a power of two, at least `groups`
     BOUND: tl.constexpr,  # where in `work`
 ):
-    """The k best groups of each row, ascending, and the smallest of their keys: a bound for the next choice."""
+    """The k best groups of each row, ascending, and a lower bound of their keys, for the next choice."""
     row = tl.program_id(0)
     nothing: tl.constexpr = lowest_key(peaks.dtype.element_ty)
     out = row_start(work, row, work_stride)

@@ -19,6 +19,15 @@ def scale_in_fp64(x, y, n, BLOCK: tl.constexpr):
     tl.store(y + at, value.to(tl.float32), mask=at < n)
 
 
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def reads_nan(y, BLOCK: tl.constexpr):
+    """Compiles, and Triton refuses every launch: NAN is not what it was."""
+    tl.store(y + tl.arange(0, BLOCK), NAN)
+
+
 @triton.jit
 def softmax(x, y, n, BLOCK: tl.constexpr):
     """Holds its whole row: with a small block in registers, with a large one in local memory."""

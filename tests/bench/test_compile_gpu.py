@@ -85,6 +85,25 @@ def test_every_launched_kernel_must_be_compiled() -> None:
 
 
 @needs_triton
+def test_globals_of_kernels_are_equal_to_themselves() -> None:
+    """At a launch Triton compares each global that a kernel reads with a copy from the first one, by `!=`."""
+    from triton.language import constexpr
+
+    faults, read = {}, set()
+    modules = [sys.modules[name] for name in triton_kernels.modules()]
+    modules += [module for name, module in sys.modules.items() if name.startswith(f"{triton_kernels.PACKAGE}.")]
+    for module in {id(m): m for m in (*modules, triton_kernels._import("gate_kernels"))}.values():
+        for function in (value for value in vars(module).values() if hasattr(value, "used_global_vals")):
+            assert function.cache_key  # finds the globals
+            for (name, _), (value, _) in function.used_global_vals.items():
+                read.add(name)
+                if value != value or not isinstance(value, constexpr):
+                    faults[function.__name__, name] = value
+    assert set(faults) == {("reads_nan", "NAN")}  # the planted one
+    assert {"INF", "LOG2E", "FLOOR"} <= read
+
+
+@needs_triton
 def test_cases_are_those_of_this_checkout() -> None:
     program = "from bench.compile_gpu import triton_kernels as t; t.modules(); print(t.sys.modules[t.PACKAGE].__file__)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
