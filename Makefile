@@ -61,7 +61,7 @@ bench-report: $(BUILD) ## README's table of benchmarks and the plots, from the n
 	$(VENV)/bin/python -m bench.report --into README.md --plots bench/results
 
 gates: $(BUILD) ## the ratios that no kernel may lose, within one run: two threads, AVX-512
-	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest bench/test_gates.py -q --benchmark-quiet $(ARGS)
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest bench/test_gates.py bench/test_host_gates.py -q --benchmark-quiet $(ARGS)
 
 check-gpu: $(BUILD) ## every GPU kernel compiled for sm_80, 90 and 100: no spills, no fp64, register budgets; needs no GPU
 	$(VENV)/bin/python -m bench.compile_gpu $(ARGS)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import on_device
+from asyncopd.kernels.launch import cdiv, launch
 from asyncopd.kernels.numeric import LOG2E, rounded_product
 from asyncopd.kernels.summary import row_start
 
@@ -102,22 +102,23 @@ class Epilogue(NamedTuple):
         rows, vocab = z.shape
         if self.trivial or rows == 0:
             return
-        tiles = triton.cdiv(vocab, TILE)
-        with on_device(z):
-            _epilogue_kernel[(rows * tiles,)](
-                z,
-                self.bias,
-                z.stride(0),
-                vocab,
-                tiles,
-                self.logit_scale,
-                self.softcap,
-                self.softcap_inverse,
-                self.has_bias,
-                self.has_cap,
-                TILE,
-                num_warps=4,
-            )
+        tiles = cdiv(vocab, TILE)
+        launch(
+            _epilogue_kernel,
+            rows * tiles,
+            z,
+            self.bias,
+            z.stride(0),
+            vocab,
+            tiles,
+            self.logit_scale,
+            self.softcap,
+            self.softcap_inverse,
+            self.has_bias,
+            self.has_cap,
+            TILE,
+            num_warps=4,
+        )
 
 
 def compile_cases() -> list[CompileCase]:

@@ -9,14 +9,16 @@ then the ids, each written with all its gradients, summed in the order of k: no 
 another, and nothing is rounded to 16 bits before it is whole.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from asyncopd.backends.reference.rows import PAD, check_ids_in_range
+from asyncopd.backends.reference.rows import check_ids_in_range
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import INTERPRET, Scale, check_ids, check_logits, on_device, padded
+from asyncopd.kernels.launch import INTERPRET, Prepared, Scale, cdiv, check_logits, padded
 from asyncopd.kernels.numeric import INF, LOG2E, log_ratio, logsumexp_of, row_logsumexp, to_storage
 from asyncopd.kernels.summary import TILE_GROUPS, count_groups, row_start, shift_of, summarize
 
@@ -63,6 +65,24 @@ def _gather_kernel(
     tl.store(row_start(logprobs, row, k) + at, out, mask=at < k)
     if block == 0:
         tl.store(lse + row, logsumexp_of(top, log_high, log_low, t, t_low))
+
+
+@triton.jit
+def _totals_kernel(
+    grad,  # [N, K] fp32
+    ids,  # [N, K] int32 or int64
+    totals,  # [N] fp32
+    k,
+    IDS: tl.constexpr,
+):
+    """The sum of each row's gradients, without those of pads."""
+    row = tl.program_id(0)
+    total = tl.zeros([IDS], tl.float32)
+    for start in range(0, k, IDS):
+        at = start + tl.arange(0, IDS)
+        token = tl.load(row_start(ids, row, k) + at, mask=at < k, other=-1)
+        total += tl.where(token == -1, 0.0, tl.load(row_start(grad, row, k) + at, mask=at < k, other=0.0))
+    tl.store(totals + row, tl.sum(total, axis=0))
 
 
 @triton.jit
@@ -150,9 +170,10 @@ def gather_logprobs(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Te
 
     An id outside [-1, V) gives NaN on a device, where nothing can be raised without synchronising.
     """
-    logits, ids = check_logits(logits, temperature), check_ids(ids, logits)
+    logits, ids = check_logits(logits), ids.contiguous()
     vocab = logits.shape[1]
-    check_ids_in_range(ids, vocab)
+    if INTERPRET:
+        check_ids_in_range(ids, vocab)
     scale = Scale.of(temperature)
     summary = summarize(logits, scale, peaks=False, sums=False)
     return logprobs_at(logits, ids, summary.tile_peaks, summary.tile_sums, vocab, scale, gathered=False)
@@ -167,76 +188,69 @@ def logprobs_at(
     """
     rows, k = ids.shape
     tiles = tile_peaks.shape[1]
-    logprobs = torch.empty((rows, k), dtype=torch.float32, device=logits.device)
+    logprobs = torch.empty(rows, k, dtype=torch.float32, device=logits.device)
     lse = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    blocks = max(1, triton.cdiv(k, IDS))
     if rows:
-        with on_device(logits):
-            _gather_kernel[(rows * blocks,)](
-                logits,
-                ids,
-                tile_peaks,
-                tile_sums,
-                logprobs,
-                lse,
-                logits.stride(0),
-                vocab,
-                tiles,
-                k,
-                blocks,
-                *scale,
-                gathered,
-                IDS,
-                padded(tiles, 1),
-                shift_of(vocab),
-                num_warps=4,
-            )
+        prepared = _prepared_gather(vocab, logits.stride(0), tiles, k, scale, gathered)
+        prepared(rows * max(1, cdiv(k, IDS)), logits, ids, tile_peaks, tile_sums, logprobs, lse)
     return logprobs, lse
+
+
+@lru_cache(maxsize=256)
+def _prepared_gather(vocab: int, row_stride: int, tiles: int, k: int, scale: Scale, gathered: bool) -> Prepared:
+    return Prepared(
+        _gather_kernel,
+        row_stride,
+        vocab,
+        tiles,
+        k,
+        max(1, cdiv(k, IDS)),
+        *scale,
+        gathered,
+        IDS,
+        padded(tiles, 1),
+        shift_of(vocab),
+        num_warps=4,
+    )
 
 
 def gather_logprobs_backward(grad: Tensor, logits: Tensor, lse: Tensor, ids: Tensor, temperature: float) -> Tensor:
     """grad [N, K] of the log-probabilities -> gradient [N, V] of the logits, in their dtype; sums are fp32."""
     # The layout that autograd and torch.compile are told of; one without unit stride is written by way of a copy.
     dlogits = torch.empty_like(logits)
-    logits, ids = check_logits(logits, temperature), check_ids(ids, logits)
+    logits, ids = check_logits(logits), ids.contiguous()
     (rows, vocab), k = logits.shape, ids.shape[1]
     if grad.shape != ids.shape or lse.shape != (rows,):
         raise ValueError(f"grad, lse: got {list(grad.shape)}, {list(lse.shape)}, expected {list(ids.shape)}, [{rows}]")
     grad, lse = grad.float().contiguous(), lse.float().contiguous()
-    totals = grad.masked_fill(ids == PAD, 0.0).sum(dim=1)
+    totals = torch.empty(rows, dtype=torch.float32, device=logits.device)
     out = dlogits if dlogits.stride(1) == 1 else torch.empty((rows, vocab), dtype=logits.dtype, device=logits.device)
-    t = Scale.of(temperature).t
-    tiles, blocks = triton.cdiv(vocab, TILE), triton.cdiv(k, IDS)
-    if rows:
-        with on_device(logits):
-            _fill_kernel[(rows * tiles,)](
-                logits, lse, totals, out, logits.stride(0), out.stride(0), vocab, tiles, t, TILE, INTERPRET, num_warps=4
-            )
-            if k:
-                _scatter_kernel[(rows * blocks,)](
-                    grad,
-                    logits,
-                    lse,
-                    totals,
-                    ids,
-                    out,
-                    logits.stride(0),
-                    out.stride(0),
-                    vocab,
-                    k,
-                    blocks,
-                    t,
-                    IDS,
-                    RIVALS,
-                    INTERPRET,
-                    num_warps=4,
-                )
+    tiles = cdiv(vocab, TILE)
+    if rows * tiles:
+        sums, fill, scatter = _prepared_backward(vocab, logits.stride(0), out.stride(0), k, temperature)
+        sums(rows, grad, ids, totals)
+        fill(rows * tiles, logits, lse, totals, out)
+        if k:
+            scatter(rows * cdiv(k, IDS), grad, logits, lse, totals, ids, out)
     return dlogits if out is dlogits else dlogits.copy_(out)
+
+
+@lru_cache(maxsize=256)
+def _prepared_backward(
+    vocab: int, row_stride: int, out_stride: int, k: int, temperature: float
+) -> tuple[Prepared, Prepared, Prepared]:
+    """The launches of `_totals_kernel`, `_fill_kernel` and `_scatter_kernel`."""
+    strides, t, blocks = (row_stride, out_stride), Scale.of(temperature).t, cdiv(k, IDS)
+    return (
+        Prepared(_totals_kernel, k, IDS, num_warps=1),
+        Prepared(_fill_kernel, *strides, vocab, cdiv(vocab, TILE), t, TILE, INTERPRET, num_warps=4),
+        Prepared(_scatter_kernel, *strides, vocab, k, blocks, t, IDS, RIVALS, INTERPRET, num_warps=4),
+    )
 
 
 def compile_cases() -> list[CompileCase]:
     vocab = 151_936
-    tiles = triton.cdiv(count_groups(vocab), TILE_GROUPS)
+    tiles = cdiv(count_groups(vocab), TILE_GROUPS)
     cases = []
     for dtype in ("bf16", "fp16", "fp32"):
         forward = CompileCase(
@@ -290,4 +304,13 @@ def compile_cases() -> list[CompileCase]:
             divisible=("grad", "logits", "lse", "totals", "ids", "out", "row_stride", "out_stride", "vocab"),
         )
         cases += [forward, fill, scatter]
-    return cases
+    totals = CompileCase(
+        name="gather-backward-totals",
+        kernel=_totals_kernel,
+        signature={"grad": "*fp32", "ids": "*i64", "totals": "*fp32", "k": "i32", "IDS": "constexpr"},
+        constexprs={"IDS": IDS},
+        num_warps=1,
+        max_registers=40,
+        divisible=("grad", "ids", "totals"),
+    )
+    return [*cases, totals]

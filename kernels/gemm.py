@@ -22,7 +22,7 @@ from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.cublas import mm_rounded_once, rounds_once
-from asyncopd.kernels.launch import DTYPES, INTERPRET, on_device
+from asyncopd.kernels.launch import DEVICE_TYPE, DTYPES, INTERPRET, cdiv, launch
 from asyncopd.kernels.numeric import to_storage
 from asyncopd.kernels.tuning import choose
 
@@ -212,7 +212,7 @@ def tiles_for(a: Tensor, rows: int, columns: int) -> tuple[Tile, ...]:
     # Others have no more shared memory than sm_80, and its instructions.
     large, small = LARGE.get(capability, LARGE[8]), SMALL.get(capability, SMALL[8])
     processors = torch.cuda.get_device_properties(a.device).multi_processor_count
-    busy = triton.cdiv(rows, large.BM) * triton.cdiv(columns, large.BN) >= processors
+    busy = cdiv(rows, large.BM) * cdiv(columns, large.BN) >= processors
     return (large, small) if busy else (small, large)
 
 
@@ -265,30 +265,31 @@ def _launch(a: Tensor, b: Tensor, out: Tensor, count: Tensor | None, counted: in
     (rows, depth), columns = a.shape, b.shape[1]
 
     def run(tile: Tile, out: Tensor) -> None:
-        programs = triton.cdiv(rows, tile.BM) * triton.cdiv(columns, tile.BN)
-        with on_device(a):
-            _product_kernel[(programs,)](
-                a,
-                b,
-                out,
-                count,
-                rows,
-                columns,
-                depth,
-                *a.stride(),
-                *b.stride(),
-                out.stride(0),
-                tile.BM,
-                tile.BN,
-                tile.BK,
-                GROUP_ROWS,
-                counted,
-                depth % tile.BK == 0 and counted != DEPTH,
-                accumulate,
-                INTERPRET,
-                num_warps=tile.num_warps,
-                num_stages=tile.num_stages,
-            )
+        programs = cdiv(rows, tile.BM) * cdiv(columns, tile.BN)
+        launch(
+            _product_kernel,
+            programs,
+            a,
+            b,
+            out,
+            count,
+            rows,
+            columns,
+            depth,
+            *a.stride(),
+            *b.stride(),
+            out.stride(0),
+            tile.BM,
+            tile.BN,
+            tile.BK,
+            GROUP_ROWS,
+            counted,
+            depth % tile.BK == 0 and counted != DEPTH,
+            accumulate,
+            INTERPRET,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
 
     layout = f"{'nt'[a.stride(0) == 1]}{'nt'[b.stride(0) == 1]} {a.dtype} to {out.dtype}"
     shape = {"rows": rows, "columns": columns, "depth": depth, "layout": layout, "counted": counted}
@@ -311,10 +312,9 @@ def _check(a: Tensor, b: Tensor, out: Tensor, count: Tensor | None, counted: str
         raise ValueError(f"out: got {out.dtype} {list(out.shape)}, expected {expected}")
     if out.stride(1) != 1 and out.shape[1] > 1:
         raise ValueError(f"out: got column stride {out.stride(1)}, expected 1")
-    device = "cpu" if INTERPRET else "cuda"
     for name, tensor in (("a", a), ("b", b), ("out", out), ("count", count)):
-        if tensor is not None and (tensor.device != a.device or tensor.device.type != device):
-            raise ValueError(f"{name}: got device {tensor.device}, expected {device}, the same for all")
+        if tensor is not None and (tensor.device != a.device or tensor.device.type != DEVICE_TYPE):
+            raise ValueError(f"{name}: got device {tensor.device}, expected {DEVICE_TYPE}, the same for all")
     if counted not in ("rows", "depth"):
         raise ValueError(f"counted: got {counted!r}, expected 'rows' or 'depth'")
     if count is not None and (count.dim() != 0 or count.dtype not in (torch.int32, torch.int64)):

@@ -34,7 +34,7 @@ from asyncopd.kernels.gather import IDS, RIVALS, logprobs_at, sum_over_equal_ids
 from asyncopd.kernels.gemm import product
 from asyncopd.kernels.head_tile import is_row, slope_of, value_at_ids
 from asyncopd.kernels.head_walk import Walk
-from asyncopd.kernels.launch import INTERPRET, launch, padded
+from asyncopd.kernels.launch import INTERPRET, cdiv, launch, padded
 from asyncopd.kernels.numeric import INF, LOG2E, row_logsumexp, to_storage
 from asyncopd.kernels.sparse_entries import Entries
 from asyncopd.kernels.sparse_rows import launch_hidden_gradient
@@ -259,7 +259,7 @@ class FrozenWalk(Walk):
         ids = self.ids.masked_fill(~(grad != 0.0).any(dim=1, keepdim=True), PAD)
         (rows, k), device = ids.shape, ids.device
         entries = Entries(self._empty(rows, k), torch.empty((rows, k), dtype=torch.int32, device=device))
-        shares, id_blocks = self._empty(rows), max(1, triton.cdiv(k, IDS))
+        shares, id_blocks = self._empty(rows), max(1, cdiv(k, IDS))
         if rows:
             launch(
                 _corrections_kernel,

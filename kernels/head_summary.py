@@ -19,7 +19,7 @@ from torch import Tensor
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.epilogue import Epilogue, head_logit
 from asyncopd.kernels.gemm import FP32, GROUP_ROWS, LARGE, SMALL, Tile, tile_for, tile_of, tile_product
-from asyncopd.kernels.launch import INTERPRET, Scale, on_device, padded, warps_for
+from asyncopd.kernels.launch import INTERPRET, Scale, cdiv, launch, padded, warps_for
 from asyncopd.kernels.numeric import INF, exp_scaled, log_fixed, logsumexp_of, to_fixed
 from asyncopd.kernels.summary import GROUP, count_groups, row_start, shift_of
 
@@ -200,7 +200,7 @@ def summarize_head(hidden: Tensor, weight: Tensor, epilogue: Epilogue, scale: Sc
     (rows, depth), vocab = hidden.shape, weight.shape[0]
     groups = count_groups(vocab)
     tile = tile_for(hidden, rows, vocab)
-    stride, block = triton.cdiv(groups, 16) * 16, padded(groups, 64)
+    stride, block = cdiv(groups, 16) * 16, padded(groups, 64)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=hidden.device)
@@ -208,42 +208,45 @@ def summarize_head(hidden: Tensor, weight: Tensor, epilogue: Epilogue, scale: Sc
     sums, out = empty(rows, stride), HeadSummary(empty(rows, stride), empty(rows), empty(rows), empty(rows))
     if rows == 0:
         return out
-    with on_device(hidden):
-        _head_summary_kernel[(triton.cdiv(rows, tile.BM) * triton.cdiv(vocab, tile.BN),)](
-            hidden,
-            weight,
-            epilogue.bias,
-            out.peaks,
-            sums,
-            rows,
-            vocab,
-            depth,
-            stride,
-            *hidden.stride(),
-            *weight.stride(),
-            *epilogue[1:],
-            scale.scale,
-            tile.BM,
-            tile.BN,
-            tile.BK,
-            GROUP_ROWS,
-            GROUP,
-            depth % tile.BK == 0,
-            INTERPRET,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
-        _merge_kernel[(rows,)](
-            out.peaks,
-            sums,
-            *out[1:],
-            stride,
-            groups,
-            *scale,
-            block,
-            shift_of(vocab),
-            num_warps=warps_for(block, 16),
-        )
+    launch(
+        _head_summary_kernel,
+        cdiv(rows, tile.BM) * cdiv(vocab, tile.BN),
+        hidden,
+        weight,
+        epilogue.bias,
+        out.peaks,
+        sums,
+        rows,
+        vocab,
+        depth,
+        stride,
+        *hidden.stride(),
+        *weight.stride(),
+        *epilogue[1:],
+        scale.scale,
+        tile.BM,
+        tile.BN,
+        tile.BK,
+        GROUP_ROWS,
+        GROUP,
+        depth % tile.BK == 0,
+        INTERPRET,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    launch(
+        _merge_kernel,
+        rows,
+        out.peaks,
+        sums,
+        *out[1:],
+        stride,
+        groups,
+        *scale,
+        block,
+        shift_of(vocab),
+        num_warps=warps_for(block, 16),
+    )
     return out
 
 

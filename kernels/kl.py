@@ -30,7 +30,7 @@ from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.kl_divergence import forward_rows, less, log_mass, log_ratio_or_zero, tailed_reverse_rows
 from asyncopd.kernels.kl_metrics import COARSE, FINE, SUMS, launch_metrics, measure
 from asyncopd.kernels.kl_reverse import advantage, baseline, behaviour_logprobs, clip, corrected_log_weight, score
-from asyncopd.kernels.launch import DTYPES, INTERPRET, on_device, padded, warps_for
+from asyncopd.kernels.launch import DEVICE_TYPE, DTYPES, on_device, padded, warps_for
 from asyncopd.kernels.numeric import INF, exp_precise
 from asyncopd.kernels.summary import row_start
 
@@ -262,9 +262,8 @@ def _check(
         raise TypeError(f"ids: got {ids.dtype}, expected int32 or int64")
     if ids.dim() != 2 or ids.shape[1] > MAX_IDS:
         raise ValueError(f"ids: got shape {list(ids.shape)}, expected [N, K] with K <= {MAX_IDS} on the triton backend")
-    expected = "cpu" if INTERPRET else "cuda"
-    if ids.device.type != expected:
-        raise ValueError(f"ids: got device {ids.device}, expected {expected}")
+    if ids.device.type != DEVICE_TYPE:
+        raise ValueError(f"ids: got device {ids.device}, expected {DEVICE_TYPE}")
     named = {"student": student, "teacher": teacher, "log_weights": log_weights, "proximal": proximal}
     for name, scores in named.items():
         if scores is None:

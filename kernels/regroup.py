@@ -17,7 +17,7 @@ from torch import Tensor
 from asyncopd.kernels.compile_case import CompileCase
 from asyncopd.kernels.epilogue import Epilogue, head_logit
 from asyncopd.kernels.gemm import Tile, tile_product
-from asyncopd.kernels.launch import INTERPRET, on_device
+from asyncopd.kernels.launch import INTERPRET, launch
 from asyncopd.kernels.numeric import INF
 from asyncopd.kernels.summary import GROUP, count_groups
 
@@ -106,31 +106,32 @@ def regroup(hidden: Tensor, weight: Tensor, epilogue: Epilogue, chosen: Tensor) 
     last_program = programs_of.cumsum(0)
     programs = min(groups, pairs) + pairs // tile.BM
     program_group = torch.searchsorted(last_program, torch.arange(programs, device=hidden.device), right=True)
-    with on_device(hidden):
-        _regroup_kernel[(programs,)](
-            hidden,
-            weight,
-            epilogue.bias,
-            order,
-            starts,
-            program_group,
-            last_program - programs_of,
-            logits,
-            num_chosen,
-            vocab,
-            depth,
-            groups,
-            *hidden.stride(),
-            *weight.stride(),
-            *epilogue[1:],
-            tile.BM,
-            tile.BN,
-            tile.BK,
-            depth % tile.BK == 0,
-            INTERPRET,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-        )
+    launch(
+        _regroup_kernel,
+        programs,
+        hidden,
+        weight,
+        epilogue.bias,
+        order,
+        starts,
+        program_group,
+        last_program - programs_of,
+        logits,
+        num_chosen,
+        vocab,
+        depth,
+        groups,
+        *hidden.stride(),
+        *weight.stride(),
+        *epilogue[1:],
+        tile.BM,
+        tile.BN,
+        tile.BK,
+        depth % tile.BK == 0,
+        INTERPRET,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
     return logits
 
 

@@ -8,15 +8,17 @@ sum is exact in any order, never falls, and is the same on every device. Cutting
 probability a group.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import Scale, on_device, padded, warps_for
+from asyncopd.kernels.launch import Prepared, Scale, padded, warps_for
 from asyncopd.kernels.numeric import INF, exp_scaled, order_key, to_fixed
-from asyncopd.kernels.summary import GROUP, Summary, count_groups, irregular_summary, row_start, shift_of
+from asyncopd.kernels.summary import GROUP, Sizes, Summary, count_groups, irregular_summary, row_start, shift_of
 
 HEADS = 16  # ids of the head at a time
 
@@ -110,34 +112,34 @@ def launch_rest(logits: Tensor, summary: Summary, ids: Tensor, head: int, scale:
     Overwrites the summary's peaks and sums of the groups that the head is in.
     """
     rows, vocab = logits.shape
-    groups, stride = count_groups(vocab), summary.peaks.stride(0)
-    block = padded(groups, 64)
-    cdf = torch.empty((rows, stride), dtype=torch.int64, device=logits.device)
+    sizes = Sizes.of(vocab)
+    cdf = torch.empty(rows, sizes.stride, dtype=torch.int64, device=logits.device)
     rest_peaks = torch.empty(rows, dtype=torch.float32, device=logits.device)
-    with on_device(logits):
-        _rest_kernel[(rows,)](
-            logits,
-            ids,
-            summary.peaks,
-            summary.sums,
-            cdf,
-            rest_peaks,
-            logits.stride(0),
-            ids.stride(0),
-            stride,
-            vocab,
-            groups,
-            head,
-            scale.scale,
-            scale.scale_low,
-            GROUP,
-            block,
-            HEADS,
-            shift_of(vocab),
-            head > 0,
-            num_warps=warps_for(block, 16),
-        )
+    prepared = _prepared(vocab, logits.stride(0), ids.stride(0), head, scale)
+    prepared(rows, logits, ids, summary.peaks, summary.sums, cdf, rest_peaks)
     return cdf, rest_peaks
+
+
+@lru_cache(maxsize=256)
+def _prepared(vocab: int, row_stride: int, out_stride: int, head: int, scale: Scale) -> Prepared:
+    sizes = Sizes.of(vocab)
+    return Prepared(
+        _rest_kernel,
+        row_stride,
+        out_stride,
+        sizes.stride,
+        vocab,
+        sizes.groups,
+        head,
+        scale.scale,
+        scale.scale_low,
+        GROUP,
+        sizes.group_block,
+        HEADS,
+        sizes.shift,
+        head > 0,
+        num_warps=warps_for(sizes.group_block, 16),
+    )
 
 
 def compile_cases() -> list[CompileCase]:

@@ -14,6 +14,7 @@ Bytes of a row (V = 151,936, bf16) after the summary's: peaks and sums 14,244 re
 """
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -23,7 +24,7 @@ from torch import Tensor
 from asyncopd.backends.reference.rows import check_ids_in_range
 from asyncopd.backends.reference.sample import check_possible
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import Scale, check_logits, float_pair, on_device, padded
+from asyncopd.kernels.launch import INTERPRET, Prepared, Scale, cdiv, check_logits, float_pair, padded
 from asyncopd.kernels.numeric import (
     INF,
     exp_scaled,
@@ -35,7 +36,7 @@ from asyncopd.kernels.numeric import (
     to_fixed,
 )
 from asyncopd.kernels.rest import head_end, in_head, launch_rest, rest_of_groups
-from asyncopd.kernels.summary import GROUP, TILE_GROUPS, count_groups, row_start, shift_of, summarize
+from asyncopd.kernels.summary import GROUP, TILE_GROUPS, Sizes, count_groups, row_start, shift_of, summarize
 from asyncopd.kernels.topk import check_k, launch_topk
 
 DRAWS = 32  # a program's draws
@@ -86,6 +87,8 @@ def _draw_kernel(
     log_weights,  # [N, out_stride] fp32
     logprobs,  # [N, out_stride] fp32
     lse,  # [N] fp32
+    seed_low,
+    seed_high,
     row_stride,
     out_stride,
     group_stride,
@@ -95,8 +98,6 @@ def _draw_kernel(
     head,
     num_samples,
     blocks,  # of draws to a row
-    seed_low,
-    seed_high,
     log_count,  # log(num_samples)
     log_count_low,
     t,
@@ -176,6 +177,10 @@ def _draw_kernel(
     tl.store(row_start(logprobs, row, out_stride) + head + draw, tl.where(empty, -INF, logprob), mask=there)
     if block == 0:
         tl.store(lse + row, logsumexp_of(top, log_high, log_low, t, t_low))
+        if HAS_HEAD:
+            for start in range(0, head, DRAWS):
+                at = start + tl.arange(0, DRAWS)
+                tl.store(row_start(log_weights, row, out_stride) + at, 0.0, mask=at < head)
 
 
 def sample_support(
@@ -192,64 +197,77 @@ def sample_support(
     The uniform numbers are the reference's bit for bit; the draws are too, except for numbers within rounding of a step
     of the distribution function (see the top of this file).
     """
-    logits = check_logits(logits, temperature)
+    logits = check_logits(logits)
     rows, vocab = logits.shape
     check_k("head", head, vocab)
     if sampled_ids is not None:
         sampled_ids = sampled_ids.contiguous()
-        check_ids_in_range(sampled_ids, vocab, "sampled_ids", pads=False)
-        check_possible(logits, sampled_ids.long())
-    scale, device = Scale.of(temperature), logits.device
-    ids = torch.empty((rows, head + num_samples), dtype=torch.int64, device=device)
-    log_weights = torch.zeros(ids.shape, dtype=torch.float32, device=device)
-    logprobs = torch.empty(ids.shape, dtype=torch.float32, device=device)
-    lse = torch.empty(rows, dtype=torch.float32, device=device)
+        if INTERPRET:  # what depends on the data cannot be refused on a device
+            check_ids_in_range(sampled_ids, vocab, "sampled_ids", pads=False)
+            check_possible(logits, sampled_ids.long())
+    scale, device, fp32 = Scale.of(temperature), logits.device, torch.float32
+    k = head + num_samples
+    ids = torch.empty(rows, k, dtype=torch.int64, device=device)
+    logprobs = torch.empty(rows, k, dtype=fp32, device=device)
+    # Draws' kernel writes all of it.
+    log_weights = (torch.empty if num_samples else torch.zeros)(rows, k, dtype=fp32, device=device)
+    lse = torch.empty(rows, dtype=fp32, device=device)
     summary = summarize(logits, scale, peaks=True, sums=num_samples > 0)
     if head:
         launch_topk(logits, summary, head, scale, ids, logprobs, lse)
     if rows == 0 or num_samples == 0:
         return ids, log_weights, logprobs, lse
     cdf, rest_peaks = launch_rest(logits, summary, ids, head, scale)
-    groups, blocks = count_groups(vocab), triton.cdiv(num_samples, DRAWS)
-    block = padded(groups, 64)
-    with on_device(logits):
-        _draw_kernel[(rows * blocks,)](
-            logits,
-            cdf,
-            rest_peaks,
-            summary.tile_peaks,
-            summary.tile_sums,
-            rest_peaks if streams is None else streams.contiguous(),
-            rest_peaks if sampled_ids is None else sampled_ids,
-            ids,
-            log_weights,
-            logprobs,
-            lse,
-            logits.stride(0),
-            ids.stride(0),
-            cdf.stride(0),
-            vocab,
-            groups,
-            summary.tiles,
-            head,
-            num_samples,
-            blocks,
-            _signed_word(seed),
-            _signed_word(seed >> 32),
-            *float_pair(math.log(num_samples)),
-            *scale,
-            GROUP,
-            block,
-            block.bit_length() - 1,
-            padded(summary.tiles, 1),
-            DRAWS,
-            shift_of(vocab),
-            head > 0,
-            streams is not None,
-            sampled_ids is not None,
-            num_warps=4,
-        )
+    has_streams, has_sampled = streams is not None, sampled_ids is not None
+    prepared = _prepared(vocab, logits.stride(0), head, num_samples, scale, has_streams, has_sampled)
+    prepared(
+        rows * cdiv(num_samples, DRAWS),
+        logits,
+        cdf,
+        rest_peaks,
+        summary.tile_peaks,
+        summary.tile_sums,
+        rest_peaks if streams is None else streams.contiguous(),
+        rest_peaks if sampled_ids is None else sampled_ids,
+        ids,
+        log_weights,
+        logprobs,
+        lse,
+        _signed_word(seed),
+        _signed_word(seed >> 32),
+    )
     return ids, log_weights, logprobs, lse
+
+
+@lru_cache(maxsize=256)
+def _prepared(
+    vocab: int, row_stride: int, head: int, num_samples: int, scale: Scale, has_streams: bool, has_sampled: bool
+) -> Prepared:
+    sizes = Sizes.of(vocab)
+    return Prepared(
+        _draw_kernel,
+        row_stride,
+        head + num_samples,
+        sizes.stride,
+        vocab,
+        sizes.groups,
+        sizes.tiles,
+        head,
+        num_samples,
+        cdiv(num_samples, DRAWS),
+        *float_pair(math.log(num_samples)),
+        *scale,
+        GROUP,
+        sizes.group_block,
+        sizes.group_block.bit_length() - 1,
+        sizes.tile_block,
+        DRAWS,
+        sizes.shift,
+        head > 0,
+        has_streams,
+        has_sampled,
+        num_warps=4,
+    )
 
 
 def _signed_word(value: int) -> int:
@@ -260,7 +278,7 @@ def _signed_word(value: int) -> int:
 def compile_cases() -> list[CompileCase]:
     vocab = 151_936
     groups = count_groups(vocab)
-    block, tiles = padded(groups, 64), padded(triton.cdiv(groups, TILE_GROUPS), 1)
+    block, tiles = padded(groups, 64), padded(cdiv(groups, TILE_GROUPS), 1)
     cases = []
     for dtype in ("bf16", "fp16", "fp32"):
         for name, has_head in (("plain", False), ("head", True)):
@@ -273,8 +291,8 @@ def compile_cases() -> list[CompileCase]:
                     **dict.fromkeys(("rest_peaks", "tile_peaks", "tile_sums"), "*fp32"),
                     **dict.fromkeys(("streams", "sampled_ids", "ids"), "*i64"),
                     **dict.fromkeys(("log_weights", "logprobs", "lse"), "*fp32"),
-                    **dict.fromkeys(("row_stride", "out_stride", "group_stride", "vocab", "groups", "tiles"), "i32"),
-                    **dict.fromkeys(("head", "num_samples", "blocks", "seed_low", "seed_high"), "i32"),
+                    **dict.fromkeys(("seed_low", "seed_high", "row_stride", "out_stride", "group_stride"), "i32"),
+                    **dict.fromkeys(("vocab", "groups", "tiles", "head", "num_samples", "blocks"), "i32"),
                     **dict.fromkeys(("log_count", "log_count_low", "t", "t_low", "scale", "scale_low"), "fp32"),
                     **dict.fromkeys(("GROUP", "GROUPS", "STEPS", "TILES", "DRAWS", "SHIFT"), "constexpr"),
                     **dict.fromkeys(("HAS_HEAD", "HAS_STREAMS", "HAS_SAMPLED"), "constexpr"),

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import INTERPRET, launch
+from asyncopd.kernels.launch import INTERPRET, cdiv, launch
 from asyncopd.kernels.numeric import to_storage
 
 BLOCK = 4096  # elements of a program at a time
@@ -43,7 +43,7 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     if size:
         launch(
             _scale_kernel,
-            min(PROGRAMS, triton.cdiv(size, BLOCK)),
+            min(PROGRAMS, cdiv(size, BLOCK)),
             gradient,
             factor,
             size,

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import launch, padded
+from asyncopd.kernels.launch import cdiv, launch, padded
 from asyncopd.kernels.softcap import Factors, product_gradient
 from asyncopd.kernels.summary import row_start
 
@@ -155,7 +155,7 @@ def sorted_by_id(entries: Entries, named: Tensor | None = None) -> SortedEntries
     if count:
         launch(
             _order_kernel,
-            triton.cdiv(count, FLAT),
+            cdiv(count, FLAT),
             order,
             entries.factors,
             out.rows,

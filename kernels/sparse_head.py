@@ -21,7 +21,7 @@ from torch import Tensor
 from asyncopd.backends.reference.accumulate import check_gradient
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import check_ids_in_range
-from asyncopd.kernels.launch import DTYPES, INTERPRET, check_ids
+from asyncopd.kernels.launch import DEVICE_TYPE, DTYPES, check_ids
 from asyncopd.kernels.softcap import Factors
 from asyncopd.kernels.sparse_entries import launch_entries
 from asyncopd.kernels.sparse_rows import launch_hidden_gradient, launch_logits
@@ -134,10 +134,11 @@ def _check(hidden: Tensor, head: Head, ids: Tensor, mask: Tensor | None) -> tupl
         raise ValueError(f"temperature: got {head.temperature}, expected a number above 0")
     if head.softcap is not None and not head.softcap > 0:
         raise ValueError(f"softcap: got {head.softcap}, expected a number above 0, or None")
-    expected = "cpu" if INTERPRET else "cuda"
     devices = {str(tensor.device) for tensor in (hidden, weight, ids, bias, mask) if tensor is not None}
-    if len(devices) > 1 or hidden.device.type != expected:
-        raise ValueError(f"hidden, weight, ids, bias, mask: got devices {sorted(devices)}, expected one of {expected}")
+    if len(devices) > 1 or hidden.device.type != DEVICE_TYPE:
+        raise ValueError(
+            f"hidden, weight, ids, bias, mask: got devices {sorted(devices)}, expected one of {DEVICE_TYPE}"
+        )
     check_ids_in_range(ids, weight.shape[0])
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     return hidden, weight if weight.stride(1) == 1 else weight.contiguous(), ids

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import INTERPRET, launch, padded
+from asyncopd.kernels.launch import INTERPRET, cdiv, launch, padded
 from asyncopd.kernels.numeric import INF, sum_pair, to_storage
 from asyncopd.kernels.softcap import Factors, logit_of
 from asyncopd.kernels.sparse_entries import Entries
@@ -200,9 +200,9 @@ def launch_logits(
     if logits.numel() == 0:
         return logits
     sizes = Blocks.forward(k, slice_for(weight, k))
-    slices = triton.cdiv(width, sizes.slice)
+    slices = cdiv(width, sizes.slice)
     partials = torch.empty((slices, rows, k), dtype=torch.float32, device=hidden.device)
-    blocks = triton.cdiv(k, sizes.ids)
+    blocks = cdiv(k, sizes.ids)
     if slices:
         launch(
             _dots_kernel,
@@ -225,7 +225,7 @@ def launch_logits(
         )
     launch(
         _finish_kernel,
-        triton.cdiv(rows * k, FINISHED),
+        cdiv(rows * k, FINISHED),
         partials,
         ids,
         partials if bias is None else bias,
@@ -252,7 +252,7 @@ def launch_hidden_gradient(
         return
     launch(
         _hidden_gradient_kernel,
-        triton.cdiv(width, sizes.slice) * rows,
+        cdiv(width, sizes.slice) * rows,
         *entries,
         weight,
         *((None, None) if base is None else base),

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import INTERPRET, launch
+from asyncopd.kernels.launch import INTERPRET, cdiv, launch
 from asyncopd.kernels.numeric import INF, sum_pair, to_storage
 from asyncopd.kernels.sparse_entries import Entries, sorted_by_id
 from asyncopd.kernels.summary import row_start
@@ -257,8 +257,8 @@ def launch_weight_gradient(
     if count == 0 or (dweight is None and dbias is None):
         return
     device = hidden.device
-    runs = triton.cdiv(count, RUN)
-    slices = 1 if dweight is None else max(1, triton.cdiv(width, COLUMNS))
+    runs = cdiv(count, RUN)
+    slices = 1 if dweight is None else max(1, cdiv(width, COLUMNS))
     pieces = torch.empty((runs, 0 if dweight is None else width), dtype=torch.float32, device=device)
     bias_pieces = torch.empty(runs, dtype=torch.float32, device=device)
     # In the place of what is not wanted, and not touched.
@@ -270,7 +270,7 @@ def launch_weight_gradient(
     if named is not None:
         launch(
             _zero_kernel,
-            triton.cdiv(vocab, ZEROED),
+            cdiv(vocab, ZEROED),
             named,
             *to,
             dweight_stride,

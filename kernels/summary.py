@@ -18,6 +18,7 @@ A group measures from its own largest logit, so none underflows because another 
 +inf, peak is +inf and sum 1.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import Scale, on_device
+from asyncopd.kernels.launch import Prepared, Scale, cdiv, padded
 from asyncopd.kernels.numeric import INF, exp_scaled
 
 GROUP = 64
@@ -110,10 +111,7 @@ def _summary_kernel(
 
 
 class Summary(NamedTuple):
-    """tile_peaks and tile_sums [N, tiles]; peaks and sums [N, stride], empty where not asked for.
-
-    The stride is the number of groups, rounded up to a multiple of 16 for the wide loads of whoever reads them.
-    """
+    """tile_peaks and tile_sums [N, tiles]; peaks and sums [N, stride], or any tensor where not asked for."""
 
     peaks: Tensor
     sums: Tensor
@@ -128,7 +126,25 @@ class Summary(NamedTuple):
 def count_groups(vocab: int) -> int:
     if vocab > MAX_VOCAB:
         raise ValueError(f"logits: got V = {vocab}, expected at most {MAX_VOCAB} on the triton backend")
-    return triton.cdiv(vocab, GROUP)
+    return cdiv(vocab, GROUP)
+
+
+class Sizes(NamedTuple):
+    """What the kernels are told of a row of `vocab` columns."""
+
+    groups: int
+    tiles: int
+    stride: int  # of peaks and sums: `groups`, a multiple of 16 for the wide loads of whoever reads them
+    group_block: int  # powers of two
+    tile_block: int
+    shift: int
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def of(cls, vocab: int) -> "Sizes":
+        groups = count_groups(vocab)
+        tiles = cdiv(groups, TILE_GROUPS)
+        return cls(groups, tiles, cdiv(groups, 16) * 16, padded(groups, 64), padded(tiles, 1), shift_of(vocab))
 
 
 def shift_of(vocab: int) -> int:
@@ -139,35 +155,38 @@ def shift_of(vocab: int) -> int:
 def summarize(logits: Tensor, scale: Scale, *, peaks: bool, sums: bool) -> Summary:
     """logits [N, V] with unit column stride."""
     rows, vocab = logits.shape
-    groups = count_groups(vocab)
-    tiles = triton.cdiv(groups, TILE_GROUPS)
-    stride = triton.cdiv(groups, 16) * 16
-    empty = torch.empty
+    sizes, device, fp32 = Sizes.of(vocab), logits.device, torch.float32
+    tile_sums = torch.empty(rows, sizes.tiles, dtype=fp32, device=device)
     out = Summary(
-        empty((rows, stride if peaks else 0), dtype=logits.dtype, device=logits.device),
-        empty((rows, stride if sums else 0), dtype=torch.float32, device=logits.device),
-        empty((rows, tiles), dtype=torch.float32, device=logits.device),
-        empty((rows, tiles), dtype=torch.float32, device=logits.device),
+        torch.empty(rows, sizes.stride, dtype=logits.dtype, device=device) if peaks else logits,
+        torch.empty(rows, sizes.stride, dtype=fp32, device=device) if sums else tile_sums,
+        torch.empty(rows, sizes.tiles, dtype=fp32, device=device),
+        tile_sums,
     )
-    if rows * tiles:
-        with on_device(logits):
-            _summary_kernel[(rows * tiles,)](
-                logits,
-                *out,
-                logits.stride(0),
-                stride,
-                vocab,
-                groups,
-                tiles,
-                scale.scale,
-                scale.scale_low,
-                GROUP,
-                TILE_GROUPS,
-                peaks,
-                sums,
-                num_warps=4,
-            )
+    programs = rows * sizes.tiles
+    if programs:
+        _prepared(vocab, logits.stride(0), scale, peaks, sums)(programs, logits, *out)
     return out
+
+
+@lru_cache(maxsize=256)
+def _prepared(vocab: int, row_stride: int, scale: Scale, peaks: bool, sums: bool) -> Prepared:
+    sizes = Sizes.of(vocab)
+    return Prepared(
+        _summary_kernel,
+        row_stride,
+        sizes.stride,
+        vocab,
+        sizes.groups,
+        sizes.tiles,
+        scale.scale,
+        scale.scale_low,
+        GROUP,
+        TILE_GROUPS,
+        peaks,
+        sums,
+        num_warps=4,
+    )
 
 
 def compile_cases() -> list[CompileCase]:

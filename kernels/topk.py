@@ -17,6 +17,7 @@ NaN comes first, -0 equals +0. Bytes of a row (V = 151,936, bf16, K = 64) after 
 304 read, 8,192 of logits read again twice over (the second time an eighth, from L1): with the summary 1.08 reads.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import Scale, check_logits, on_device, padded, warps_for
+from asyncopd.kernels.launch import Prepared, Scale, cdiv, check_logits, padded, warps_for
 from asyncopd.kernels.numeric import log_ratio, logsumexp_of, lowest_key, order_key, row_logsumexp
 from asyncopd.kernels.summary import GROUP, TILE_GROUPS, Summary, count_groups, row_start, shift_of, summarize
 
@@ -201,6 +202,7 @@ def padded_k(k: int) -> int:
     return padded(k, 16)
 
 
+@lru_cache(maxsize=256)
 def work_size(k: int) -> tuple[int, int]:
     """int32 a row, and where among them the bound is.
 
@@ -234,15 +236,16 @@ class Blocks(NamedTuple):
 def choose_groups(peaks: Tensor, groups: int, k: int) -> Tensor:
     """peaks [N, groups or more] -> int32 [N, work_size]: each row begins with its min(k, groups) best, ascending."""
     rows = peaks.shape[0]
-    size, bound = work_size(k)
-    work = torch.empty((rows, size), dtype=torch.int32, device=peaks.device)
-    block = padded(groups, 64)
+    work = torch.empty(rows, work_size(k)[0], dtype=torch.int32, device=peaks.device)
     if rows:
-        with on_device(peaks):
-            _groups_kernel[(rows,)](
-                peaks, work, peaks.stride(0), size, groups, k, block, bound, num_warps=warps_for(block, 16)
-            )
+        _prepared_groups(peaks.stride(0), groups, k)(rows, peaks, work)
     return work
+
+
+@lru_cache(maxsize=256)
+def _prepared_groups(group_stride: int, groups: int, k: int) -> Prepared:
+    (size, bound), block = work_size(k), padded(groups, 64)
+    return Prepared(_groups_kernel, group_stride, size, groups, k, block, bound, num_warps=warps_for(block, 16))
 
 
 def launch_topk(
@@ -262,37 +265,42 @@ def launch_topk(
     rows, vocab = logits.shape
     if rows == 0:
         return
-    groups, blocks = count_groups(vocab), Blocks.of(k)
-    work = choose_groups(summary.peaks, groups, k)
-    with on_device(logits):
-        for find_subs, find_top in blocks.steps():
-            _topk_kernel[(rows,)](
-                logits,
-                summary.tile_peaks,
-                summary.tile_sums,
-                work,
-                ids,
-                logprobs,
-                lse,
-                logits.stride(0),
-                work.stride(0),
-                ids.stride(0),
-                vocab,
-                groups,
-                summary.tiles,
-                k,
-                *scale,
-                GROUP,
-                SUB,
-                padded(summary.tiles, 1),
-                blocks.K,
-                blocks.CHUNK,
-                blocks.RIVALS,
-                shift_of(vocab if columns is None else columns),
-                find_subs,
-                find_top,
-                num_warps=blocks.num_warps,
-            )
+    peaks, _, tile_peaks, tile_sums = summary
+    work = choose_groups(peaks, count_groups(vocab), k)
+    columns = vocab if columns is None else columns
+    for step in _prepared_steps(vocab, columns, summary.tiles, k, logits.stride(0), ids.stride(0), scale):
+        step(rows, logits, tile_peaks, tile_sums, work, ids, logprobs, lse)
+
+
+@lru_cache(maxsize=256)
+def _prepared_steps(
+    vocab: int, columns: int, tiles: int, k: int, row_stride: int, out_stride: int, scale: Scale
+) -> tuple[Prepared, ...]:
+    blocks = Blocks.of(k)
+    return tuple(
+        Prepared(
+            _topk_kernel,
+            row_stride,
+            work_size(k)[0],
+            out_stride,
+            vocab,
+            count_groups(vocab),
+            tiles,
+            k,
+            *scale,
+            GROUP,
+            SUB,
+            padded(tiles, 1),
+            blocks.K,
+            blocks.CHUNK,
+            blocks.RIVALS,
+            shift_of(columns),
+            find_subs,
+            find_top,
+            num_warps=blocks.num_warps,
+        )
+        for find_subs, find_top in blocks.steps()
+    )
 
 
 def check_k(name: str, k: int, vocab: int) -> None:
@@ -303,13 +311,13 @@ def check_k(name: str, k: int, vocab: int) -> None:
 
 def topk_logprobs(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """logits [N, V] -> ids int64 [N, k], log-probabilities fp32 [N, k], LSE [N]; k up to 1024."""
-    logits = check_logits(logits, temperature)
+    logits = check_logits(logits)
     rows, vocab = logits.shape
     check_k("k", k, vocab)
-    scale = Scale.of(temperature)
-    ids = torch.empty((rows, k), dtype=torch.int64, device=logits.device)
-    logprobs = torch.empty((rows, k), dtype=torch.float32, device=logits.device)
-    lse = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    scale, device = Scale.of(temperature), logits.device
+    ids = torch.empty(rows, k, dtype=torch.int64, device=device)
+    logprobs = torch.empty(rows, k, dtype=torch.float32, device=device)
+    lse = torch.empty(rows, dtype=torch.float32, device=device)
     launch_topk(logits, summarize(logits, scale, peaks=True, sums=False), k, scale, ids, logprobs, lse)
     return ids, logprobs, lse
 
@@ -360,7 +368,7 @@ def compile_cases() -> list[CompileCase]:
                         constexprs={
                             "GROUP": GROUP,
                             "SUB": SUB,
-                            "TILES": padded(triton.cdiv(groups, TILE_GROUPS), 1),
+                            "TILES": padded(cdiv(groups, TILE_GROUPS), 1),
                             "K": blocks.K,
                             "CHUNK": blocks.CHUNK,
                             "RIVALS": blocks.RIVALS,

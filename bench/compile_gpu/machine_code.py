@@ -14,6 +14,10 @@ from pathlib import Path
 
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _GLOBAL = re.compile(r"\b(LDG|LDGSTS|STG)((?:\.\w+)*)")
+_PTX_ACCESS = re.compile(r"\b(ld|st)(?:\.\w+)*?\.global(?:\.\w+)*?(?:\.v(\d))?\.[bfsu](\d+)\b")
+# To shared memory, past the registers.
+_PTX_COPY = re.compile(r"\bcp\.async\.c[ag]\.shared\.global\S*\s+\[[^\]]*\],\s*\[[^\]]*\],\s*(\w+)")
+_PTX_FP64 = re.compile(r"^\s*(?:@\S+ )?\w[\w.]*\.f64\b", re.M)
 _LOCAL = re.compile(r"\b(?:LDL|STL)\b")
 # Arithmetic, conversions and the seeds of division and square root.
 _FP64 = re.compile(r"\bD(?:ADD|MUL|FMA|MNMX|SETP|MMA)\b|\.F64\b|\b(?:RCP|RSQ)64H\b")
@@ -58,16 +62,48 @@ def _dump(option: str, cubin: Path) -> str:
     return subprocess.run([tool, option, cubin], capture_output=True, text=True, check=True, env=env).stdout
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a kernel needs: registers per thread, static bytes of each memory. A spill has a stack frame."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    local_bytes: int
+
+
+def usage(cubin: Path) -> dict[str, Usage]:
+    """Mangled kernel name -> what it needs; without its instructions, which take a hundred times as long to read."""
+    return {name: Usage(*map(int, numbers)) for name, *numbers in _USAGE.findall(_dump("-res-usage", cubin))}
+
+
+@dataclass(frozen=True, slots=True)
+class Ptx:
+    """What the instructions of a kernel's PTX do; of loads and stores the widest of a thread."""
+
+    fp64_instructions: int
+    load_bytes: int
+    store_bytes: int
+
+
+def read_ptx(ptx: str) -> Ptx:
+    widths = {"ld": 0, "st": 0}
+    for opcode, vector, bits in _PTX_ACCESS.findall(ptx):
+        widths[opcode] = max(widths[opcode], int(vector or 1) * int(bits) // 8)
+    copies = [int(size, 0) for size in _PTX_COPY.findall(ptx)]
+    return Ptx(len(_PTX_FP64.findall(ptx)), max([widths["ld"], *copies]), widths["st"])
+
+
 def read(cubin: Path) -> dict[str, MachineCode]:
     """Mangled kernel name -> what is known of it."""
     code: dict[str, str] = {}
     for section in re.split(r"^\s*Function : ", _dump("-sass", cubin), flags=re.M)[1:]:
         name, _, sass = section.partition("\n")
         code[name.strip()] = sass
-    usage = _USAGE.findall(_dump("-res-usage", cubin))
-    kernels = {name: _describe(code[name], *map(int, numbers)) for name, *numbers in usage if name in code}
+    lines = _USAGE.findall(_dump("-res-usage", cubin))
+    kernels = {name: _describe(code[name], *map(int, numbers)) for name, *numbers in lines if name in code}
     if not kernels or len(kernels) != len(code):
-        raise RuntimeError(f"cuobjdump: {len(usage)} resource lines for the {len(code)} kernels of {cubin.name}")
+        raise RuntimeError(f"cuobjdump: {len(lines)} resource lines for the {len(code)} kernels of {cubin.name}")
     return kernels
 
 

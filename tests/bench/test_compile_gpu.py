@@ -77,11 +77,12 @@ def test_kernels_are_compiled_in_other_processes_in_order() -> None:
 
 def test_every_launched_kernel_must_be_compiled() -> None:
     kernels = "import triton\n\n@triton.jit(do_not_specialize=['n'])\ndef forgotten(x, n):\n    pass\n"
-    launch = "def f(x, n):\n    m.forgotten[(4,)](x, n)\n    x[0]\n    torch.empty(3)\n"
-    triton_kernels.require_cases([kernels, launch], {"forgotten"})
     triton_kernels.require_cases([kernels, "forgotten(x, 3)"], set())  # a device function
-    with pytest.raises(ValueError, match="forgotten is launched and no compile_cases"):
-        triton_kernels.require_cases([kernels, launch], {"another"})
+    for launch in ("m.forgotten[(4,)](x, n)", "launch(m.forgotten, 4, x, n, num_warps=4)", "Prepared(forgotten, n)"):
+        source = f"def f(x, n):\n    {launch}\n    x[0]\n    torch.empty(3)\n"
+        triton_kernels.require_cases([kernels, source], {"forgotten"})
+        with pytest.raises(ValueError, match="forgotten is launched and no compile_cases"):
+            triton_kernels.require_cases([kernels, source], {"another"})
 
 
 @needs_triton

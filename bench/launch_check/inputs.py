@@ -1,0 +1,92 @@
+"""Tensors for the cases: values that the ops accept, in the layouts, dtypes and sizes that options name."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from asyncopd import Support
+from bench.launch_check.pairwise import Case, Rule
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+FLOATS = ("bf16", "fp16", "fp32")
+IDS = {"int64": torch.int64, "int32": torch.int32}
+# A multiple of 16, by which Triton specialises, and at which blocks have the size that they have in use; and not one.
+VOCABS = (151_936, 999)
+LAYOUTS = ("contiguous", "rows apart", "transposed", "rows 2^31 apart")
+# A stride of more than 32 bits needs no memory where there is one row.
+FAR_ROWS = Rule(("layout", "rows"), lambda layout, rows: layout != "rows 2^31 apart" or rows == 1)
+WIDTH = 64  # H of heads: one step of a product
+
+
+def laid_out(tensor: Tensor, layout: str) -> Tensor:
+    """The values of a contiguous matrix in a layout."""
+    rows, columns = tensor.shape
+    if layout == "rows apart":  # by no multiple of 16
+        wide = tensor.new_zeros(rows, columns + 3)
+        wide[:, :columns] = tensor
+        return wide[:, :columns]
+    if layout == "transposed":
+        return tensor.t().contiguous().t()
+    if layout == "rows 2^31 apart":
+        return tensor.as_strided(tensor.shape, (2**31 + 64, 1))
+    return tensor
+
+
+def matrix(rows: int, columns: int, dtype: str, layout: str = "contiguous") -> Tensor:
+    """Values of many sizes, without a random generator's time."""
+    values = torch.arange(rows * columns, dtype=torch.float32).remainder_(17.0).sub_(8.0)
+    return laid_out(values.view(rows, columns).to(DTYPES[dtype]), layout)
+
+
+def some_ids(rows: int, k: int, vocab: int, dtype: str) -> Tensor:
+    """Some equal, some not, one of them a pad where there are two."""
+    ids = torch.arange(rows * k).mul_(7919).remainder_(vocab).view(rows, k)
+    ids[:, -1] = ids[:, 0]
+    if k > 2:
+        ids[0, 1] = -1
+    return ids.to(IDS[dtype])
+
+
+def some_mask(rows: int, kind: str | None) -> Tensor | None:
+    """Every third row is masked."""
+    if kind is None:
+        return None
+    mask = torch.arange(rows) % 3 != 1
+    return mask if kind == "bool" else mask.to(torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """[N, K] each: the student's log-probabilities and a support."""
+
+    student: Tensor
+    support: Support
+
+
+def log_weights(rows: int, k: int, draw: str | None) -> Tensor:
+    """0 in what was not drawn."""
+    weights = torch.full((rows, k), 0.5)
+    if draw in (None, "top_k"):
+        weights.zero_()
+    if draw == "head_tail":
+        weights[:, : k // 2] = 0.0
+    return weights
+
+
+def support(case: Case, rows: int, k: int, vocab: int, draw: str | None, layout: str = "contiguous") -> Support:
+    """options read: ids, teacher"""
+    teacher = laid_out(torch.full((rows, k), -2.0, dtype=DTYPES[case["teacher"]]), layout)
+    return Support(some_ids(rows, k, vocab, case["ids"]), teacher, log_weights(rows, k, draw), draw)  # type: ignore[arg-type]
+
+
+def wants_grad(tensor: Tensor, wanted: bool = True) -> Tensor:
+    """A leaf in the same layout."""
+    return tensor.detach().requires_grad_(wanted)
+
+
+def backward(output: Any) -> None:
+    """Of a loss, or of the rows of one."""
+    loss = output[0] if isinstance(output, tuple) else output
+    loss.backward(torch.ones_like(loss) if loss.dim() else None)
