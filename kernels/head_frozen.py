@@ -34,7 +34,7 @@ from asyncopd.kernels.gather import IDS, RIVALS, logprobs_at, sum_over_equal_ids
 from asyncopd.kernels.gemm import product
 from asyncopd.kernels.head_tile import is_row, slope_of, value_at_ids
 from asyncopd.kernels.head_walk import Walk
-from asyncopd.kernels.launch import INTERPRET, on_device, padded
+from asyncopd.kernels.launch import INTERPRET, cdiv, launch, padded
 from asyncopd.kernels.numeric import INF, LOG2E, row_logsumexp, to_storage
 from asyncopd.kernels.sparse_entries import Entries
 from asyncopd.kernels.sparse_rows import launch_hidden_gradient
@@ -72,7 +72,7 @@ def _store_e(
     return tl.sum(e, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("block", "blocks"))
 def _online_kernel(
     x,  # [rows, stride] fp32: products of this block
     ids,  # [rows, K] int32 or int64
@@ -218,34 +218,35 @@ class FrozenWalk(Walk):
             x, e = block.take(products, rows), block.take(exponentials, rows)
             product(self.hidden, weight[block.cols].t(), x, count=self.count, counted="rows")
             if rows:
-                with on_device(x):
-                    _online_kernel[(rows,)](
-                        x,
-                        self.ids,
-                        self.count,
-                        self.at_ids,
-                        self.tile_peaks,
-                        self.tile_sums,
-                        e,
-                        self.mixed,
-                        block.stride,
-                        block.cols.start,
-                        block.width,
-                        number,
-                        self.blocks.tiles,
-                        weight.shape[1],
-                        k,
-                        self.head.logit_scale,
-                        self._softcap,
-                        self.scale.scale,
-                        self.head.softcap is not None,
-                        self.count is not None,
-                        self.shift,
-                        tile,
-                        IDS,
-                        INTERPRET,
-                        num_warps=warps_of(tile),
-                    )
+                launch(
+                    _online_kernel,
+                    rows,
+                    x,
+                    self.ids,
+                    self.count,
+                    self.at_ids,
+                    self.tile_peaks,
+                    self.tile_sums,
+                    e,
+                    self.mixed,
+                    block.stride,
+                    block.cols.start,
+                    block.width,
+                    number,
+                    self.blocks.tiles,
+                    weight.shape[1],
+                    k,
+                    self.head.logit_scale,
+                    self._softcap,
+                    self.scale.scale,
+                    self.head.softcap is not None,
+                    self.count is not None,
+                    self.shift,
+                    tile,
+                    IDS,
+                    INTERPRET,
+                    num_warps=warps_of(tile),
+                )
             product(e, weight[block.cols], self.mixed, count=self.count, counted="rows", accumulate=number > 0)
         return logprobs_at(
             self.at_ids, self.ids, self.tile_peaks, self.tile_sums, self.vocab, self.scale, gathered=True
@@ -258,36 +259,37 @@ class FrozenWalk(Walk):
         ids = self.ids.masked_fill(~(grad != 0.0).any(dim=1, keepdim=True), PAD)
         (rows, k), device = ids.shape, ids.device
         entries = Entries(self._empty(rows, k), torch.empty((rows, k), dtype=torch.int32, device=device))
-        shares, id_blocks = self._empty(rows), max(1, triton.cdiv(k, IDS))
+        shares, id_blocks = self._empty(rows), max(1, cdiv(k, IDS))
         if rows:
-            with on_device(ids):
-                _corrections_kernel[(rows * id_blocks,)](
-                    grad,
-                    ids,
-                    self.at_ids,
-                    logprobs,
-                    grad.sum(dim=1),
-                    self.tile_peaks,
-                    self.tile_sums,
-                    *entries,
-                    shares,
-                    self.vocab,
-                    self.blocks.tiles,
-                    k,
-                    id_blocks,
-                    self.head.logit_scale,
-                    self._softcap,
-                    self.scale.t,
-                    self.scale.scale,
-                    self.scale.scale_low,
-                    self.head.softcap is not None,
-                    self.shift,
-                    padded(self.blocks.tiles, 1),
-                    shift_of(self.vocab),
-                    IDS,
-                    RIVALS,
-                    num_warps=4,
-                )
+            launch(
+                _corrections_kernel,
+                rows * id_blocks,
+                grad,
+                ids,
+                self.at_ids,
+                logprobs,
+                grad.sum(dim=1),
+                self.tile_peaks,
+                self.tile_sums,
+                *entries,
+                shares,
+                self.vocab,
+                self.blocks.tiles,
+                k,
+                id_blocks,
+                self.head.logit_scale,
+                self._softcap,
+                self.scale.t,
+                self.scale.scale,
+                self.scale.scale_low,
+                self.head.softcap is not None,
+                self.shift,
+                padded(self.blocks.tiles, 1),
+                shift_of(self.vocab),
+                IDS,
+                RIVALS,
+                num_warps=4,
+            )
         dhidden = torch.empty(self.hidden.shape, dtype=self.hidden.dtype, device=device)
         launch_hidden_gradient(entries, self.head.weight, dhidden, base=(self.mixed, shares))
         return dhidden

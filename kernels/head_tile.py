@@ -62,7 +62,8 @@ def kept_row(inside, beside, row, inside_rows, kept_rows, width, first, stride):
     return to
 
 
-@triton.jit
+# A variant for each of these that is 1, or a multiple of 16, would only be one more to compile.
+@triton.jit(do_not_specialize=("first_tile", "block_tiles", "tiles", "inside_rows", "kept_rows"))
 def forward_kernel(
     x,  # [rows, stride] fp32, the products of this block
     bias,  # [V], any float dtype
@@ -134,7 +135,7 @@ def forward_kernel(
             tl.store(row_start(at_ids, row, k) + which, y_at, mask=here)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("first_tile", "block_tiles", "tiles", "inside_rows", "kept_rows"))
 def backward_kernel(
     x,  # [rows - kept_rows, stride] fp32: the products of the rows from kept_rows on
     bias,  # [V]

@@ -26,7 +26,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from asyncopd.backends.reference.head import Head
@@ -35,7 +34,7 @@ from asyncopd.kernels import head_tile
 from asyncopd.kernels.gather import IDS, RIVALS, logprobs_at
 from asyncopd.kernels.gemm import product
 from asyncopd.kernels.head_gradients import Gradients, unit_of
-from asyncopd.kernels.launch import INTERPRET, Scale, on_device
+from asyncopd.kernels.launch import INTERPRET, Scale, cdiv, launch, padded
 
 TILE_ELEMENTS = 1 << 26  # of a block, beside a 16-bit head: 128 MiB of dx, 256 of x; half as many beside an fp32 one
 KEPT_BYTES = 560 << 20
@@ -60,7 +59,7 @@ class Block:
     @property
     def stride(self) -> int:
         """From row to row of a tensor [rows, width]."""
-        return triton.cdiv(self.width, ALIGNED) * ALIGNED
+        return cdiv(self.width, ALIGNED) * ALIGNED
 
     def take(self, memory: Tensor, rows: int) -> Tensor:
         """[rows, width] in flat memory."""
@@ -76,13 +75,13 @@ class Blocks:
     def __init__(self, rows: int, vocab: int, dtype: torch.dtype, *, whole: bool = False) -> None:
         elements = TILE_ELEMENTS * 2 // dtype.itemsize
         widest = max(MULTIPLE, elements // max(1, rows) // MULTIPLE * MULTIPLE)
-        number, units = triton.cdiv(vocab, widest), triton.cdiv(vocab, MULTIPLE)
+        number, units = cdiv(vocab, widest), cdiv(vocab, MULTIPLE)
         bounds = [min(vocab, i * units // number * MULTIPLE) for i in range(number + 1)]
         self.widest = max(stop - start for start, stop in pairwise(bounds))
-        self.tile = triton.next_power_of_2(self.widest) if whole else tile_columns(self.widest)
+        self.tile = padded(self.widest, 1) if whole else tile_columns(self.widest)
         self.tiles, self.blocks = 0, []
         for start, stop in pairwise(bounds):
-            block = Block(slice(start, stop), self.tiles, triton.cdiv(stop - start, self.tile))
+            block = Block(slice(start, stop), self.tiles, cdiv(stop - start, self.tile))
             self.blocks.append(block)
             self.tiles += block.tiles
 
@@ -94,8 +93,8 @@ class Blocks:
 def tile_columns(width: int) -> int:
     """Columns of a program in blocks that are `width` wide: the most that leave few of its lanes idle."""
     if width < TILE_SIZES[-1]:
-        return max(128, triton.next_power_of_2(width))
-    lanes = {tile: triton.cdiv(width, tile) * tile for tile in TILE_SIZES}
+        return padded(width, 128)
+    lanes = {tile: cdiv(width, tile) * tile for tile in TILE_SIZES}
     return next((tile for tile in TILE_SIZES if lanes[tile] * 16 <= width * 17), min(lanes, key=lanes.__getitem__))
 
 
@@ -283,54 +282,55 @@ class Walk:
     def _values(self, grad: Tensor, logprobs: Tensor, totals: Tensor) -> Tensor:
         """dx at the ids [rows, K], whole."""
         (rows, k), values = self.ids.shape, torch.empty_like(self.at_ids)
-        blocks = triton.cdiv(k, IDS)
+        blocks = cdiv(k, IDS)
         if rows * blocks:
-            with on_device(values):
-                head_tile.values_kernel[(rows * blocks,)](
-                    grad,
-                    self.ids,
-                    self.at_ids,
-                    logprobs,
-                    totals,
-                    values,
-                    k,
-                    blocks,
-                    self.head.logit_scale,
-                    self._softcap,
-                    self.scale.t,
-                    self.head.softcap is not None,
-                    IDS,
-                    RIVALS,
-                    num_warps=4,
-                )
+            launch(
+                head_tile.values_kernel,
+                rows * blocks,
+                grad,
+                self.ids,
+                self.at_ids,
+                logprobs,
+                totals,
+                values,
+                k,
+                blocks,
+                self.head.logit_scale,
+                self._softcap,
+                self.scale.t,
+                self.head.softcap is not None,
+                IDS,
+                RIVALS,
+                num_warps=4,
+            )
         return values
 
     def _scatter(self, values: Tensor, dx: Tensor, cols: slice) -> None:
         rows, k = self.ids.shape
-        blocks = triton.cdiv(k, IDS)
+        blocks = cdiv(k, IDS)
         if rows * blocks:
-            with on_device(values):
-                head_tile.scatter_kernel[(rows * blocks,)](
-                    values,
-                    self.ids,
-                    self.count,
-                    dx,
-                    dx.stride(0),
-                    cols.start,
-                    dx.shape[1],
-                    k,
-                    blocks,
-                    self.count is not None,
-                    IDS,
-                    INTERPRET,
-                    num_warps=4,
-                )
+            launch(
+                head_tile.scatter_kernel,
+                rows * blocks,
+                values,
+                self.ids,
+                self.count,
+                dx,
+                dx.stride(0),
+                cols.start,
+                dx.shape[1],
+                k,
+                blocks,
+                self.count is not None,
+                IDS,
+                INTERPRET,
+                num_warps=4,
+            )
 
     def _launch(self, kernel: Any, block: Block, *arguments: Any) -> None:
         """A program for every tile of every row."""
         if rows := self.hidden.shape[0]:
-            with on_device(self.hidden):
-                kernel[(rows * block.tiles,)](*arguments, num_warps=WARPS)
+            launch(kernel, rows * block.tiles, *arguments, num_warps=WARPS)
 
     @property
     def _softcap(self) -> float:

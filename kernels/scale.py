@@ -41,8 +41,16 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
         raise ValueError(f"gradient: got strides {list(gradient.stride())}, expected a contiguous tensor")
     size = gradient.numel()
     if size:
-        programs = min(PROGRAMS, cdiv(size, BLOCK))
-        launch(_scale_kernel, programs, gradient, factor, size, BLOCK, INTERPRET, num_warps=8)
+        launch(
+            _scale_kernel,
+            min(PROGRAMS, cdiv(size, BLOCK)),
+            gradient,
+            factor,
+            size,
+            BLOCK,
+            INTERPRET,
+            num_warps=8,
+        )
 
 
 def compile_cases() -> list[CompileCase]:

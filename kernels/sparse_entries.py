@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import on_device, padded
+from asyncopd.kernels.launch import cdiv, launch, padded
 from asyncopd.kernels.softcap import Factors, product_gradient
 from asyncopd.kernels.summary import row_start
 
@@ -111,25 +111,26 @@ def launch_entries(
     )
     block = min(1024, padded(k, 16))
     if ids.numel():
-        with on_device(ids):
-            _entries_kernel[(rows,)](
-                grad,
-                logits,
-                ids,
-                ids if mask is None else mask.view(torch.uint8),
-                *out,
-                k,
-                vocab,
-                scalars.outer,
-                scalars.rate,
-                scalars.rate_low,
-                scalars.back,
-                scalars.back_low,
-                block,
-                mask is not None,
-                cap,
-                num_warps=max(1, block // 256),
-            )
+        launch(
+            _entries_kernel,
+            rows,
+            grad,
+            logits,
+            ids,
+            ids if mask is None else mask.view(torch.uint8),
+            *out,
+            k,
+            vocab,
+            scalars.outer,
+            scalars.rate,
+            scalars.rate_low,
+            scalars.back,
+            scalars.back_low,
+            block,
+            mask is not None,
+            cap,
+            num_warps=max(1, block // 256),
+        )
     return out
 
 
@@ -152,20 +153,21 @@ def sorted_by_id(entries: Entries, named: Tensor | None = None) -> SortedEntries
     ends = torch.searchsorted(keys, keys, right=True, out_int32=True)
     out = SortedEntries(keys, ends, torch.empty_like(keys), torch.empty_like(entries.factors).flatten())
     if count:
-        with on_device(keys):
-            _order_kernel[(triton.cdiv(count, FLAT),)](
-                order,
-                entries.factors,
-                out.rows,
-                out.factors,
-                keys,
-                named,
-                count,
-                k,
-                FLAT,
-                named is not None,
-                num_warps=4,
-            )
+        launch(
+            _order_kernel,
+            cdiv(count, FLAT),
+            order,
+            entries.factors,
+            out.rows,
+            out.factors,
+            keys,
+            named,
+            count,
+            k,
+            FLAT,
+            named is not None,
+            num_warps=4,
+        )
     return out
 
 

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import INTERPRET, on_device, padded
+from asyncopd.kernels.launch import INTERPRET, cdiv, launch, padded
 from asyncopd.kernels.numeric import INF, sum_pair, to_storage
 from asyncopd.kernels.softcap import Factors, logit_of
 from asyncopd.kernels.sparse_entries import Entries
@@ -159,12 +159,16 @@ def _hidden_gradient_kernel(
     tl.store(row_start(dhidden, row, width) + column, value, mask=column < width)
 
 
+def _l2_bytes(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).L2_cache_size) if device.type == "cuda" else L2_BYTES
+
+
 def slice_for(weight: Tensor, k: int) -> int:
     """Columns of a program: the most of which all of the weight's stay in half of the L2, or else the fewest."""
-    l2 = torch.cuda.get_device_properties(weight.device).L2_cache_size if weight.is_cuda else L2_BYTES
+    half = _l2_bytes(weight.device) // 2
     enough_work = [size for size in SLICES if size * padded(k, 1) >= TILE or size == SLICES[0]]
     column = weight.shape[0] * weight.dtype.itemsize
-    return next((size for size in enough_work if size * column <= l2 // 2), enough_work[-1])
+    return next((size for size in enough_work if size * column <= half), enough_work[-1])
 
 
 class Blocks(NamedTuple):
@@ -196,42 +200,45 @@ def launch_logits(
     if logits.numel() == 0:
         return logits
     sizes = Blocks.forward(k, slice_for(weight, k))
-    slices = triton.cdiv(width, sizes.slice)
+    slices = cdiv(width, sizes.slice)
     partials = torch.empty((slices, rows, k), dtype=torch.float32, device=hidden.device)
-    blocks = triton.cdiv(k, sizes.ids)
-    with on_device(hidden):
-        if slices:
-            _dots_kernel[(slices * rows * blocks,)](
-                hidden,
-                weight,
-                ids,
-                partials,
-                hidden.stride(0),
-                weight.stride(0),
-                rows,
-                vocab,
-                width,
-                k,
-                blocks,
-                sizes.slice,
-                sizes.step,
-                sizes.ids,
-                num_warps=sizes.num_warps,
-            )
-        _finish_kernel[(triton.cdiv(rows * k, FINISHED),)](
-            partials,
+    blocks = cdiv(k, sizes.ids)
+    if slices:
+        launch(
+            _dots_kernel,
+            slices * rows * blocks,
+            hidden,
+            weight,
             ids,
-            partials if bias is None else bias,
-            logits,
-            slices,
-            rows * k,
+            partials,
+            hidden.stride(0),
+            weight.stride(0),
+            rows,
             vocab,
-            *factors[:4],
-            FINISHED,
-            bias is not None,
-            cap,
-            num_warps=4,
+            width,
+            k,
+            blocks,
+            sizes.slice,
+            sizes.step,
+            sizes.ids,
+            num_warps=sizes.num_warps,
         )
+    launch(
+        _finish_kernel,
+        cdiv(rows * k, FINISHED),
+        partials,
+        ids,
+        partials if bias is None else bias,
+        logits,
+        slices,
+        rows * k,
+        vocab,
+        *factors[:4],
+        FINISHED,
+        bias is not None,
+        cap,
+        num_warps=4,
+    )
     return logits
 
 
@@ -243,23 +250,24 @@ def launch_hidden_gradient(
     sizes = Blocks.backward(k, slice_for(weight, k))
     if dhidden.numel() == 0:
         return
-    with on_device(dhidden):
-        _hidden_gradient_kernel[(triton.cdiv(width, sizes.slice) * rows,)](
-            *entries,
-            weight,
-            *((None, None) if base is None else base),
-            dhidden,
-            weight.stride(0),
-            rows,
-            weight.shape[0],
-            width,
-            k,
-            sizes.slice,
-            sizes.ids,
-            base is not None,
-            INTERPRET,
-            num_warps=sizes.num_warps,
-        )
+    launch(
+        _hidden_gradient_kernel,
+        cdiv(width, sizes.slice) * rows,
+        *entries,
+        weight,
+        *((None, None) if base is None else base),
+        dhidden,
+        weight.stride(0),
+        rows,
+        weight.shape[0],
+        width,
+        k,
+        sizes.slice,
+        sizes.ids,
+        base is not None,
+        INTERPRET,
+        num_warps=sizes.num_warps,
+    )
 
 
 def compile_cases() -> list[CompileCase]:

@@ -30,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.launch import INTERPRET, on_device
+from asyncopd.kernels.launch import INTERPRET, cdiv, launch
 from asyncopd.kernels.numeric import INF, sum_pair, to_storage
 from asyncopd.kernels.sparse_entries import Entries, sorted_by_id
 from asyncopd.kernels.summary import row_start
@@ -257,8 +257,8 @@ def launch_weight_gradient(
     if count == 0 or (dweight is None and dbias is None):
         return
     device = hidden.device
-    runs = triton.cdiv(count, RUN)
-    slices = 1 if dweight is None else max(1, triton.cdiv(width, COLUMNS))
+    runs = cdiv(count, RUN)
+    slices = 1 if dweight is None else max(1, cdiv(width, COLUMNS))
     pieces = torch.empty((runs, 0 if dweight is None else width), dtype=torch.float32, device=device)
     bias_pieces = torch.empty(runs, dtype=torch.float32, device=device)
     # In the place of what is not wanted, and not touched.
@@ -267,12 +267,44 @@ def launch_weight_gradient(
     named = None if add else torch.zeros(vocab + 1, dtype=torch.uint8, device=device)
     sorted_entries = sorted_by_id(entries, named)
     flags = (dweight is not None, dbias is not None, add, INTERPRET)
-    with on_device(hidden):
-        if named is not None:
-            _zero_kernel[(triton.cdiv(vocab, ZEROED),)](
-                named, *to, dweight_stride, vocab, width, ZEROED, COLUMNS, *flags[:2], num_warps=4
-            )
-        _runs_kernel[(runs * slices,)](
+    if named is not None:
+        launch(
+            _zero_kernel,
+            cdiv(vocab, ZEROED),
+            named,
+            *to,
+            dweight_stride,
+            vocab,
+            width,
+            ZEROED,
+            COLUMNS,
+            *flags[:2],
+            num_warps=4,
+        )
+    launch(
+        _runs_kernel,
+        runs * slices,
+        hidden,
+        *sorted_entries,
+        pieces,
+        bias_pieces,
+        *to,
+        hidden.stride(0),
+        dweight_stride,
+        count,
+        runs,
+        vocab,
+        width,
+        RUN,
+        COLUMNS,
+        ENTRIES,
+        *flags,
+        num_warps=2,
+    )
+    if runs > 1:
+        launch(
+            _joins_kernel,
+            (runs - 1) * slices,
             hidden,
             *sorted_entries,
             pieces,
@@ -280,35 +312,16 @@ def launch_weight_gradient(
             *to,
             hidden.stride(0),
             dweight_stride,
-            count,
             runs,
             vocab,
             width,
             RUN,
             COLUMNS,
             ENTRIES,
+            PIECES,
             *flags,
             num_warps=2,
         )
-        if runs > 1:
-            _joins_kernel[((runs - 1) * slices,)](
-                hidden,
-                *sorted_entries,
-                pieces,
-                bias_pieces,
-                *to,
-                hidden.stride(0),
-                dweight_stride,
-                runs,
-                vocab,
-                width,
-                RUN,
-                COLUMNS,
-                ENTRIES,
-                PIECES,
-                *flags,
-                num_warps=2,
-            )
 
 
 def compile_cases() -> list[CompileCase]:

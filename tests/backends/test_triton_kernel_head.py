@@ -1,11 +1,25 @@
 """The exact head's walk on Triton against the reference in fp64, in blocks so small that a row crosses many of them."""
 
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from head_problem import (
+    DEVICE,
+    DTYPES,
+    INF,
+    NAN,
+    PLAIN,
+    SCALARS,
+    K,
+    Problem,
+    Scalars,
+    V,
+    close,
+    compare_losses,
+    in_fp64,
+    on_device,
+)
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
@@ -15,76 +29,11 @@ from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference.head import Head
 from asyncopd.kernels import head_walk
 
-INF, NAN = float("inf"), float("nan")
-DEVICE = "cpu" if kernels.launch.INTERPRET else "cuda"
-# Relative to the largest: what sums of a few dozen terms of these dtypes may lose.
-TOLERANCE = {torch.float32: 6e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-DTYPES = list(TOLERANCE)
-Scalars = tuple[float, float, float | None]  # temperature, logit scale, softcap
-PLAIN: Scalars = (1.0, 1.0, None)
-SCALARS: list[Scalars] = [PLAIN, (0.7, 2.0, None), (1.3, -0.4, 3.0)]
-V, K = 300, 5
-
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three blocks of 128 columns at V = 300, the last of them not full."""
     monkeypatch.setattr(head_walk, "TILE_ELEMENTS", 1)
-
-
-class Problem:
-    """hidden [N, H] with NaN where it is masked, weight [V, H], ids with a double one, pads and a row of pads."""
-
-    def __init__(
-        self,
-        dtype: torch.dtype = torch.float32,
-        rows: int = 11,
-        width: int = 16,
-        *,
-        bias: bool = True,
-        mask: bool = True,
-    ) -> None:
-        rng = torch.Generator().manual_seed(rows * 7919 + width)
-        self.hidden = torch.randn(rows, width, generator=rng).to(dtype)
-        self.weight = torch.randn(V, width, generator=rng).to(dtype)
-        self.bias = torch.randn(V, generator=rng).to(dtype) if bias else None
-        self.ids = torch.randint(-1, V, (rows, K), generator=rng)
-        self.ids[0, 1], self.ids[2] = self.ids[0, 0], -1
-        self.mask = torch.rand(rows, generator=rng) < 0.6 if mask else None
-        if self.mask is not None:
-            self.mask[0] = True
-            self.hidden[~self.mask] = NAN
-        self.teacher = torch.randn(rows, K, generator=rng).log_softmax(1)
-        self.log_weights = torch.randn(rows, K, generator=rng)
-        self.grad = torch.randn(rows, K, generator=rng)
-
-    def head(self, scalars: Scalars = PLAIN) -> Head:
-        return Head(self.weight, self.bias, *scalars)
-
-
-def each_tensor(change: Callable[[Tensor], Tensor], argument: Any) -> Any:
-    if isinstance(argument, Head):
-        bias = None if argument.bias is None else change(argument.bias)
-        return replace(argument, weight=change(argument.weight), bias=bias)
-    return change(argument) if isinstance(argument, Tensor) else argument
-
-
-def on_device(*arguments: Any) -> list[Any]:
-    return [each_tensor(lambda t: t.to(DEVICE), a) for a in arguments]
-
-
-def in_fp64(*arguments: Any) -> list[Any]:
-    return [each_tensor(lambda t: t.double() if t.is_floating_point() else t, a) for a in arguments]
-
-
-def close(actual: Tensor, expected: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    assert actual.shape == expected.shape
-    if expected.numel():
-        largest = expected.abs().nan_to_num(0.0, 0.0, 0.0).max().item()
-        rounding = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # what is lost below the normal numbers
-        torch.testing.assert_close(
-            actual.cpu().double(), expected, rtol=0.0, atol=TOLERANCE[dtype] * largest + rounding, equal_nan=True
-        )
 
 
 @pytest.mark.parametrize("scalars", SCALARS, ids=str)
@@ -136,18 +85,6 @@ def test_loss_and_its_gradients(
     monkeypatch.setattr(head_walk, "KEPT_BYTES", beside)
     problem = Problem(dtype, width=width, bias=room != "inside", mask=room != "everywhere")
     compare_losses(problem, scalars, need_weight, 4.0)
-
-
-def compare_losses(problem: Problem, scalars: Scalars, need_weight: bool, denominator: float) -> None:
-    support = (problem.ids, problem.teacher, problem.log_weights, None)
-    arguments = (problem.hidden, problem.head(scalars), problem.mask, *support, torch.tensor(denominator))
-    how = (True, need_weight, LossSpec(head_is_certain=False))
-    expected = reference.linear_kl(*in_fp64(*arguments), *how)
-    actual = kernels.linear_kl(*on_device(*arguments), *how)
-    torch.testing.assert_close(actual[0].cpu().double(), expected[0], rtol=5e-6, atol=5e-6)
-    torch.testing.assert_close(actual[1].cpu().double(), expected[1], rtol=5e-3, atol=5e-6)  # p99 is a histogram's
-    for a, e in zip(actual[2:], expected[2:], strict=True):
-        close(a, e, problem.hidden.dtype)
 
 
 @pytest.mark.skipif(not kernels.launch.INTERPRET, reason="on a GPU the compiler refuses fp64 in these kernels")
@@ -299,3 +236,23 @@ def test_what_is_infinite_shows_where_the_reference_shows_it(kept: bool, monkeyp
     actual = kernels.linear_kl(*on_device(*arguments), *how)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a.cpu().isnan(), e.isnan())
+
+
+@pytest.mark.parametrize("room", ["inside", "everywhere", "again"])
+def test_a_block_is_one_launch_of_each_kernel(room: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the e of its rows are."""
+    launched: list[str] = []
+    launch = head_walk.launch
+
+    def counted(kernel: Any, *arguments: Any, **options: Any) -> None:
+        launched.append(kernel.__name__)
+        launch(kernel, *arguments, **options)
+
+    monkeypatch.setattr(head_walk, "launch", counted)
+    width, beside, _ = ROOM[room]
+    monkeypatch.setattr(head_walk, "KEPT_BYTES", beside)
+    compare_losses(Problem(width=width), PLAIN, True, 4.0)
+    blocks = len(head_walk.Blocks(11, V, torch.float32).blocks)
+    assert blocks == 3
+    backward = ["backward_kernel", "scatter_kernel"]
+    assert launched == ["forward_kernel"] * blocks + ["values_kernel"] + backward * blocks

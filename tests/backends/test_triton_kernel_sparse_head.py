@@ -1,5 +1,6 @@
 """The sampled head in Triton (K dot products a row, their gradient) against the reference in fp64."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,12 +16,14 @@ from asyncopd.kernels import (
     linear_gather_logits_backward,
     linear_gather_logits_backward_into,
     sparse_head,
+    sparse_rows,
 )
-from asyncopd.kernels.sparse_rows import SLICE
+from asyncopd.kernels.sparse_rows import SLICES
 from asyncopd.kernels.sparse_weight import COLUMNS, PIECES, RUN
 
 DEVICE = DEVICES["triton"]
 INF, NAN = float("inf"), float("nan")
+SLICE = SLICES[0]  # columns that a program takes of a small weight
 
 
 class Case(sparse_head_case.Case):
@@ -53,6 +56,32 @@ def test_matches_fp64(width: int, dtype: torch.dtype) -> None:
     case = random_case(rows=4, width=width, dtype=dtype)
     replace(case, scalars=CAPPED).assert_matches()
     replace(case, ids=case.ids.int(), mask=None, bias=None, scalars=(0.6, 2.5, None)).assert_matches()
+
+
+@pytest.mark.parametrize("num_ids", [20, 64, 70])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_narrow_slices(num_ids: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the weight is much larger than the L2: 128 columns of 20 ids, 64 of more."""
+    monkeypatch.setattr(sparse_rows, "_l2_bytes", lambda device: 1)
+    case = random_case(rows=3, width=200, num_ids=num_ids, dtype=dtype)
+    assert sparse_rows.slice_for(case.weight, num_ids) == (128 if num_ids == 20 else 64)
+    replace(case, scalars=CAPPED).assert_matches()
+
+
+def test_slices_stay_in_half_of_the_l2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 50 MiB; and whatever the number of rows, since a row's sums must not depend on its batch."""
+    monkeypatch.setattr(sparse_rows, "_l2_bytes", lambda device: 50 << 20)
+
+    def columns(vocab: int, dtype: torch.dtype, k: int = 64) -> int:
+        return sparse_rows.slice_for(torch.empty(vocab, 0, dtype=dtype), k)
+
+    half = torch.bfloat16
+    assert [columns(vocab, half) for vocab in (32_000, 51_200, 51_201, 102_401, 151_936, 10**6)] == [
+        *(256, 256, 128, 64, 64, 64)
+    ]
+    assert [columns(vocab, torch.float32) for vocab in (25_600, 32_000, 51_201, 151_936)] == [256, 128, 64, 64]
+    # 4,096 elements of the weight are the least that a program is started for.
+    assert [columns(151_936, half, k) for k in (0, 1, 16, 17, 32, 33, 64, 200)] == [256, 256, 256, 128, 128, 64, 64, 64]
 
 
 @pytest.mark.parametrize("num_ids", [1, 2, 16, 17, 64, 65])
@@ -284,13 +313,32 @@ def test_a_frozen_head_with_a_bias_whose_ids_fill_runs() -> None:
     torch.testing.assert_close(case.gradients(need_weight=False)[2], case.gradients()[2], rtol=0, atol=0)
 
 
-def test_rows_of_the_weight_that_no_id_names_are_zero() -> None:
-    case = random_case(rows=4, vocab=300, dtype=torch.bfloat16)
-    gradient = case.gradients()[1]
+@pytest.fixture
+def nan_where_nothing_was_written() -> Iterator[None]:
+    """In every tensor that is made empty."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's products would need their own settings to be deterministic")
+@pytest.mark.usefixtures("nan_where_nothing_was_written")
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_the_weight_that_no_id_names_are_zero(dtype: torch.dtype, bias: bool) -> None:
+    """Their memory was not zero before."""
+    assert torch.empty(9).isnan().all()
+    case = random_case(rows=4, vocab=300, width=COLUMNS + 3, dtype=dtype)
+    gradient = replace(case, bias=case.bias if bias else None).assert_matches()[1]
     assert case.mask is not None
     named = torch.zeros(301, dtype=torch.bool, device=DEVICE)
     named[case.ids[case.mask].flatten()] = True  # a pad names the last, which there is not
     assert torch.equal(gradient.ne(0).any(dim=1), named[:300])
+    for nobody in (
+        replace(case, grad=torch.zeros_like(case.grad)),
+        replace(case, ids=case.ids[:, :0], grad=case.grad[:, :0]),
+    ):
+        assert not any(gradient.any() for gradient in nobody.assert_matches())
 
 
 def test_empty_problems() -> None:
