@@ -37,7 +37,7 @@ def linear_kl(
     spec: LossSpec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, metrics, and gradients of hidden [N, H], weight [V, H] (empty if not needed), bias [V] (or empty)."""
-    kl_rows = backends.select("kl_rows", hidden.device, compute_dtype(hidden, teacher))
+    kl_loss = backends.select("kl_loss", hidden.device, compute_dtype(hidden, teacher))
     rows = hidden
     if mask is not None:
         check_ids_in_range(ids, head.weight.shape[0])  # the walk sees those of valid rows only
@@ -49,15 +49,15 @@ def linear_kl(
         walk = Walk(rows[group], ids[group], head)
         scores, lse = walk.forward(tiles)
         part = None if proximal is None else proximal[group]
-        row_losses, coef, metrics = kl_rows(scores, teacher[group], log_weights[group], ids[group], None, part, spec)
+        support = (teacher[group], log_weights[group], ids[group], None, part)
+        loss, coef, metrics = kl_loss(scores, *support, denominator, spec)
         _silence_rows_without_entries(walk, coef, lse)
-        stored = tiles if kept else None
-        walk.backward(coef.div_(denominator), lse, gradients.of(group), stored, first=group.start == 0)
+        walk.backward(coef, lse, gradients.of(group), tiles if kept else None, first=group.start == 0)
         parts.append(scores)
-    if len(parts) != 1:  # metrics are of all rows together
+    if len(parts) != 1:  # the loss and its metrics are of all rows together
         scores = torch.cat(parts) if parts else torch.empty(ids.shape, dtype=torch.float32)
-        row_losses, _, metrics = kl_rows(scores, teacher, log_weights, ids, None, proximal, spec)
-    return row_losses.sum() / denominator, metrics, *finished(gradients, mask, hidden, head)
+        loss, _, metrics = kl_loss(scores, teacher, log_weights, ids, None, proximal, denominator, spec)
+    return loss, metrics, *finished(gradients, mask, hidden, head)
 
 
 def _silence_rows_without_entries(walk: Walk, coef: Tensor, lse: Tensor) -> None:
