@@ -66,7 +66,7 @@ def run_cases(name: str, run: Callable[[Case], None], cases: Sequence[Case]) -> 
                 for _ in range(CALLS):
                     run(case)
             except Exception as error:
-                found.append(f"{type(error).__name__}: {error}")
+                found.append(told(error))
             found += [fault for kernel in recorder.compiled for fault in faults.fp64(kernel)]
             found += faults.changed_globals(recorder.launched)
         out.variants |= {kernel.variant for kernel in recorder.compiled}
@@ -76,6 +76,15 @@ def run_cases(name: str, run: Callable[[Case], None], cases: Sequence[Case]) -> 
         out.launches += recorder.count
         out.launched |= {function.__name__ for function in recorder.launched}
     return out
+
+
+def told(error: BaseException) -> str:
+    """With what caused it: the compiler's own error only shows the line."""
+    lines = [f"{type(error).__name__}: {error}"]
+    while error.__cause__ is not None:
+        error = error.__cause__
+        lines.append(f"{type(error).__name__}: {error}")
+    return "\n".join(lines).replace("\n", "\n    ")
 
 
 def spills(kernel: Compiled) -> bool:

@@ -180,15 +180,14 @@ def through_sharded_head(case: Case) -> None:
 
 def _through_head(case: Case, shard: LonelyShard | None) -> None:
     size, dtype, trains = HEADS[case["size"]], case["dtype"], case["trains"]
-    head = {"hidden": "contiguous", "weight": "contiguous", "bias": None, **KINDS_OF_HEAD[case["head"]]}
+    head: dict[str, Any] = {"hidden": "contiguous", "weight": "contiguous", "bias": None}
+    head |= KINDS_OF_HEAD[case["head"]]
     draw, loss_options = LOSSES[case["loss"]]
-    options = {
-        **loss_options,
-        **{name: head[name] for name in ("temperature", "logit_scale", "softcap") if name in head},
-    }
+    options = dict(loss_options)
     if "correction" in options:
         kind, advantage = options["correction"]
         options["correction"] = correction_of(kind, advantage, torch.Size((size.rows, size.k)))
+    options |= {name: value for name, value in head.items() if name in ("temperature", "logit_scale", "softcap")}
     bias = head_bias(size.vocab, dtype, head["bias"])
     ids_of = size if shard is None else replace(size, vocab=shard.vocab)
     is_forward = case["loss"].startswith("forward")

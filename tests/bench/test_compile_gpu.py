@@ -105,6 +105,24 @@ def test_globals_of_kernels_are_equal_to_themselves() -> None:
 
 
 @needs_triton
+def test_every_kernel_is_compiled_on_every_architecture_in_one_dtype_and_on_sm_90_in_two() -> None:
+    cases = {
+        (name, case.name): case
+        for name in triton_kernels.modules()
+        for case in triton_kernels._cases(triton_kernels._import(name)).values()
+    }
+    jobs = triton_kernels.jobs()
+    for arch in ARCHS:
+        compiled = {cases[job.module, job.case].kernel.__name__ for job in jobs if job.arch == arch}
+        assert compiled == {case.kernel.__name__ for case in cases.values() if arch in case.archs}
+    left_out = {case for case in cases if TritonJob(*case, 90) not in jobs and 90 in cases[case].archs}
+    assert left_out
+    for module, name in left_out:
+        assert "fp16" in name
+        assert TritonJob(module, name.replace("fp16", "bf16"), 90) in jobs
+
+
+@needs_triton
 def test_cases_are_those_of_this_checkout() -> None:
     program = "from bench.compile_gpu import triton_kernels as t; t.modules(); print(t.sys.modules[t.PACKAGE].__file__)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
