@@ -64,8 +64,9 @@ gates: $(BUILD) ## the ratios that no kernel may lose, within one run: two threa
 	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest bench/test_gates.py bench/test_small_gates.py bench/test_host_gates.py \
 	  -q --benchmark-quiet $(ARGS)
 
-check-gpu: $(BUILD) ## every GPU kernel compiled for sm_80, 90 and 100: no spills, no fp64, register budgets; needs no GPU
+check-gpu: $(BUILD) ## GPU kernels without a GPU: all compiled (no spills, no fp64, budgets), every op launched into nothing
 	$(VENV)/bin/python -m bench.compile_gpu $(ARGS)
+	$(VENV)/bin/python -m bench.launch_check
 
 lint: $(BUILD) ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -155,24 +155,26 @@ def shift_of(vocab: int) -> int:
 def summarize(logits: Tensor, scale: Scale, *, peaks: bool, sums: bool) -> Summary:
     """logits [N, V] with unit column stride."""
     rows, vocab = logits.shape
-    sizes, device, fp32 = Sizes.of(vocab), logits.device, torch.float32
-    tile_sums = torch.empty(rows, sizes.tiles, dtype=fp32, device=device)
+    launch, tiles, stride = _prepared(vocab, logits.stride(0), scale, peaks, sums)
+    device, fp32 = logits.device, torch.float32
+    tile_peaks = torch.empty(rows, tiles, dtype=fp32, device=device)
+    tile_sums = torch.empty_like(tile_peaks)
     out = Summary(
-        torch.empty(rows, sizes.stride, dtype=logits.dtype, device=device) if peaks else logits,
-        torch.empty(rows, sizes.stride, dtype=fp32, device=device) if sums else tile_sums,
-        torch.empty(rows, sizes.tiles, dtype=fp32, device=device),
+        torch.empty(rows, stride, dtype=logits.dtype, device=device) if peaks else logits,
+        torch.empty(rows, stride, dtype=fp32, device=device) if sums else tile_sums,
+        tile_peaks,
         tile_sums,
     )
-    programs = rows * sizes.tiles
-    if programs:
-        _prepared(vocab, logits.stride(0), scale, peaks, sums)(programs, logits, *out)
+    if rows * tiles:
+        launch(rows * tiles, logits, *out)
     return out
 
 
 @lru_cache(maxsize=256)
-def _prepared(vocab: int, row_stride: int, scale: Scale, peaks: bool, sums: bool) -> Prepared:
+def _prepared(vocab: int, row_stride: int, scale: Scale, peaks: bool, sums: bool) -> tuple[Prepared, int, int]:
+    """The launch, the number of tiles and the stride of peaks and sums."""
     sizes = Sizes.of(vocab)
-    return Prepared(
+    launch = Prepared(
         _summary_kernel,
         row_stride,
         sizes.stride,
@@ -187,6 +189,7 @@ def _prepared(vocab: int, row_stride: int, scale: Scale, peaks: bool, sums: bool
         sums,
         num_warps=4,
     )
+    return launch, sizes.tiles, sizes.stride
 
 
 def compile_cases() -> list[CompileCase]:

@@ -3,7 +3,7 @@
 import importlib
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,11 @@ BACKENDS = tuple(_MODULES)
 _DEVICE = {"cpu": "cpu", "triton": "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda", "cuda": "cuda"}
 # Chosen without being asked for, best first. Not `cuda`: on an H100 its two ops were slower than those of `triton`.
 _AUTOMATIC = ("cpu", "triton")
+
+
+# The dict that os.environ keeps, and the variable's name in it: 0.05 us, where os.environ.get takes 1 if there is none.
+_environment: Mapping[Any, Any] = getattr(os.environ, "_data", os.environ)
+_FORCED = os.environ.encodekey("ASYNCOPD_BACKEND") if _environment is not os.environ else "ASYNCOPD_BACKEND"
 
 
 class BackendUnavailable(RuntimeError):
@@ -46,13 +51,13 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., A
     """The function that runs `op` on tensors of this device and dtype, at the precision that it was written for."""
     kind = device.type
     # Everything that a choice depends on; the functions, because tests put others in their places.
-    chosen = _chosen(op, kind, dtype, os.environ.get("ASYNCOPD_BACKEND"), choose, module, unavailable_reason)
+    chosen = _chosen(op, kind, dtype, _environment.get(_FORCED), choose, module, unavailable_reason)
     function: Callable[..., Any] = getattr(chosen, op)
     return _without_autocast(function, kind) if torch.is_autocast_enabled(kind) else function
 
 
 @cache
-def _chosen(op: str, kind: str, dtype: torch.dtype, _forced: str | None, *_: Any) -> Any:
+def _chosen(op: str, kind: str, dtype: torch.dtype, *_: Any) -> Any:
     return module(choose(op, torch.device(kind), dtype))
 
 

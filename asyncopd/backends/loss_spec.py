@@ -4,7 +4,7 @@ import math
 from ast import literal_eval
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -81,7 +81,7 @@ def _parse(text: str) -> LossSpec:
     if len(words) != len(SPEC_FIELDS):
         raise ValueError(f"spec: got {text!r}, expected {len(SPEC_FIELDS)} options separated by '|'")
     try:
-        options = (None if word == "" else _FLOATS.get(word) or literal_eval(word) for word in words)
+        options: list[Any] = [None if word == "" else _FLOATS.get(word) or literal_eval(word) for word in words]
         return LossSpec(**dict(zip(SPEC_FIELDS, options, strict=True)))
     except (SyntaxError, TypeError, ValueError) as error:
         raise ValueError(f"spec: got {text!r}, expected what LossSpec.text writes ({error})") from None

@@ -1,14 +1,14 @@
 """The two losses on log-probabilities that somebody has already gathered."""
 
 from functools import cache
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from asyncopd.backends.loss_spec import SPEC_FIELDS, LossMetrics, LossSpec
 from asyncopd.losses.correction import Correction
-from asyncopd.losses.options import Baseline, Normalize, Reduction, Tail
+from asyncopd.losses.options import BASELINES, NORMALIZE, TAILS, Baseline, Normalize, Reduction, Tail
 from asyncopd.losses.reduce import check_reduction, denominator
 from asyncopd.ops import checks
 from asyncopd.ops.kl import KLInputs, loss_and_metrics, rows_and_metrics
@@ -92,8 +92,8 @@ def reverse_spec(
 ) -> LossSpec:
     """The options of `reverse_kl`, checked against each other and against the support."""
     _check_tail(tail, support)
-    checks.check_choice("normalize", normalize, get_args(Normalize))
-    checks.check_choice("baseline", baseline, get_args(Baseline))
+    checks.check_choice("normalize", normalize, NORMALIZE)
+    checks.check_choice("baseline", baseline, BASELINES)
     if tail != "drop":
         if baseline != "none":
             raise ValueError(
@@ -162,7 +162,7 @@ def kl_of_scores(
         loss, metrics = loss_and_metrics(
             student, inputs, denominator(student, inputs.teacher, reduction, num_items), spec
         )
-    return (loss, LossMetrics(*metrics.unbind())) if spec.metrics else loss
+    return loss if metrics is None else (loss, LossMetrics(*metrics.unbind()))
 
 
 def _check_scores(scores: Tensor, support: Support) -> None:
@@ -181,7 +181,7 @@ def check_support(support: Support) -> None:
 
 
 def _check_tail(tail: str, support: Support) -> None:
-    checks.check_choice("tail", tail, get_args(Tail))
+    checks.check_choice("tail", tail, TAILS)
     if tail != "drop" and support.draw not in (None, "top_k"):
         raise ValueError(f"tail: got {tail!r} with a sampled support ({support.draw}), expected 'drop'")
 

@@ -1,16 +1,14 @@
 """From row losses to the number that is trained on."""
 
-from typing import get_args
-
 from torch import Tensor
 
 from asyncopd.backends.reference.rows import compute_dtype
-from asyncopd.losses.options import Reduction
+from asyncopd.losses.options import REDUCTIONS
 from asyncopd.ops.checks import check_choice
 
 
 def check_reduction(reduction: str, num_items_in_batch: int | float | Tensor | None) -> None:
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("reduction", reduction, REDUCTIONS)
     if num_items_in_batch is None:
         return
     if reduction == "none":

@@ -134,15 +134,13 @@ kl_loss.register_autograd(first_order("kl_loss")(_gradient), setup_context=_save
 
 class KLRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, inputs: KLInputs, spec: LossSpec) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, student: Tensor, inputs: KLInputs, spec: LossSpec) -> Tensor | tuple[Tensor, Tensor]:
         rows, ctx.coef, metrics = _run_rows(student, inputs, spec)
-        ctx.spec = spec
-        _save_inputs(ctx, student, inputs, metrics)
-        return rows, metrics
+        return _saved(ctx, rows, metrics, student, inputs, spec)
 
     @staticmethod
     @first_order("kl_rows")
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None
         coef, ctx.coef = ctx.coef, None
@@ -160,49 +158,55 @@ class KLLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, inputs: KLInputs, denominator: Tensor | float | None, spec: LossSpec
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         loss, ctx.coef, metrics = _run_loss(student, inputs, denominator, spec)
-        ctx.denominator, ctx.spec = denominator, spec
-        _save_inputs(ctx, student, inputs, metrics)
-        return loss, metrics
+        ctx.denominator = denominator
+        return _saved(ctx, loss, metrics, student, inputs, spec)
 
     @staticmethod
     @first_order("kl_loss")
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
         coef, ctx.coef = ctx.coef, None
         if coef is None:
             student, *inputs = ctx.saved_tensors
             coef = _run_loss(student, tuple(inputs), ctx.denominator, ctx.spec)[1]
-        if plain(grad):
-            select("scale_gradient_", coef.device, coef.dtype)(coef, grad)
-        else:
+        if not plain(grad):
             coef = torch.where(grad == 0, 0.0, coef * grad)
+        elif not (grad.is_cpu and grad.item() == 1.0):  # on a device only a kernel can look at it
+            select("scale_gradient_", coef.device, coef.dtype)(coef, grad)
         return coef.to(ctx.dtype), None, None, None
 
 
-def _save_inputs(ctx: Any, student: Tensor, inputs: KLInputs, metrics: Tensor) -> None:
-    ctx.dtype = student.dtype
+def _saved(
+    ctx: Any, out: Tensor, metrics: Tensor, student: Tensor, inputs: KLInputs, spec: LossSpec
+) -> Tensor | tuple[Tensor, Tensor]:
+    """What the forward returns: the metrics as well where they are wanted. The inputs are for a second backward."""
+    ctx.spec, ctx.dtype = spec, student.dtype
     ctx.save_for_backward(student, *inputs)
-    ctx.mark_non_differentiable(metrics)
     ctx.set_materialize_grads(False)
+    if not spec.metrics:
+        return out
+    ctx.mark_non_differentiable(metrics)
+    return out, metrics
 
 
-def rows_and_metrics(student: Tensor, inputs: KLInputs, spec: LossSpec) -> tuple[Tensor, Tensor]:
-    """Row losses [N], differentiable in the scores, and the values of a LossMetrics."""
+def rows_and_metrics(student: Tensor, inputs: KLInputs, spec: LossSpec) -> tuple[Tensor, Tensor | None]:
+    """Row losses [N], differentiable in the scores, and the values of a LossMetrics if they are wanted."""
     if not plain(student, *inputs):
         rows, _, metrics = kl_rows(student, *inputs, spec.text)
-        return rows, metrics
-    if student.requires_grad and torch.is_grad_enabled():
-        return KLRows.apply(student, inputs, spec)
-    rows, _, metrics = _run_rows(student, inputs, spec)
-    return rows, metrics
+    elif student.requires_grad and torch.is_grad_enabled():
+        out = KLRows.apply(student, inputs, spec)
+        return out if spec.metrics else (out, None)
+    else:
+        rows, _, metrics = _run_rows(student, inputs, spec)
+    return rows, metrics if spec.metrics else None
 
 
 def loss_and_metrics(
     student: Tensor, inputs: KLInputs, denominator: Tensor | float | None, spec: LossSpec
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """The sum of the row losses over `denominator`, None for the number of rows that count; and the metrics."""
     by = denominator if isinstance(denominator, Tensor) else None
     if not plain(student, *inputs, by):
@@ -210,8 +214,9 @@ def loss_and_metrics(
             dtype = compute_dtype(student, inputs.teacher)
             denominator = torch.full((), denominator, dtype=dtype, device=student.device)
         loss, _, metrics = kl_loss(student, *inputs, denominator, spec.text)
-        return loss, metrics
-    if student.requires_grad and torch.is_grad_enabled():
-        return KLLoss.apply(student, inputs, denominator, spec)
-    loss, _, metrics = _run_loss(student, inputs, denominator, spec)
-    return loss, metrics
+    elif student.requires_grad and torch.is_grad_enabled():
+        out = KLLoss.apply(student, inputs, denominator, spec)
+        return out if spec.metrics else (out, None)
+    else:
+        loss, _, metrics = _run_loss(student, inputs, denominator, spec)
+    return loss, metrics if spec.metrics else None

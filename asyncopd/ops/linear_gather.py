@@ -162,7 +162,7 @@ _HeadGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 def _logprobs_gradients(ctx: Any, grad: Tensor) -> _HeadGradients:
     lse, hidden, weight, ids, bias, mask = ctx.saved_tensors
     need_weight = ctx.needs_input_grad[1]
-    run = _run_linear_gather_backward if plain(grad, hidden, weight) else _linear_gather_backward
+    run: Callable[..., Any] = _run_linear_gather_backward if plain(grad, hidden, weight) else _linear_gather_backward
     dh, dw, db = run(grad, hidden, weight, lse, ids, bias, mask, *ctx.scalars, need_weight)
     return dh, dw if need_weight else None, None if bias is None else db
 
@@ -170,7 +170,7 @@ def _logprobs_gradients(ctx: Any, grad: Tensor) -> _HeadGradients:
 def _logits_gradients(ctx: Any, grad: Tensor) -> _HeadGradients:
     logits, hidden, weight, ids, bias, mask = ctx.saved_tensors
     need_weight = ctx.needs_input_grad[1]
-    run = _run_linear_logits_backward if plain(grad, hidden, weight) else _linear_logits_backward
+    run: Callable[..., Any] = _run_linear_logits_backward if plain(grad, hidden, weight) else _linear_logits_backward
     dh, dw, db = run(grad, logits, hidden, weight, ids, bias, mask, *ctx.scalars, need_weight)
     return dh, dw if need_weight else None, None if bias is None else db
 

@@ -147,7 +147,7 @@ class LinearKL(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        inputs: tuple[Tensor | None, ...],
+        inputs: tuple[Any, ...],
         scalars: tuple[float, float, float | None],
         spec: LossSpec,
     ) -> tuple[Tensor, Tensor]:
@@ -172,8 +172,9 @@ class LinearKL(torch.autograd.Function):
         proximal: Tensor | None,
         denominator: Tensor,
     ) -> _Outputs:
+        head, (need_hidden, need_weight) = Head(weight, bias, *ctx.scalars), ctx.needs
         support = (ids, teacher, log_weights, proximal)
-        return _run(hidden, Head(weight, bias, *ctx.scalars), mask, support, denominator, *ctx.needs, ctx.spec)
+        return _run(hidden, head, mask, support, denominator, need_hidden, need_weight, ctx.spec)
 
     @staticmethod
     @first_order("linear_kl")

@@ -76,10 +76,10 @@ def sample_support(
     checks.check_count("head", head, 0, logits.shape[1], "V")
     checks.check_count("head + num_samples", head + num_samples, 1, None, "K")
     checks.check_temperature(temperature)
-    streams = None
+    streams: Tensor | None = None
     if isinstance(seed, Tensor):
         checks.check_row_vector("seed", seed, logits, "logits", (torch.int64,))
-        seed, streams = 0, seed
+        streams, seed = seed, 0
     else:
         checks.check_count("seed", seed, -(2**63), 2**63 - 1, "int64")
     if sampled_ids is not None:

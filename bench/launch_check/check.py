@@ -10,7 +10,7 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,8 @@ from pathlib import Path
 import torch
 
 import asyncopd.kernels
-from bench.compile_gpu import machine_code
+from bench.compile_gpu import machine_code, triton_kernels
 from bench.compile_gpu.kernel import ROOT
-from bench.compile_gpu.triton_kernels import _jitted, _launched
 from bench.launch_check import faults
 from bench.launch_check.driver import ARCH, Compiled, stand_in
 from bench.launch_check.ops import OPS, Op, describe
@@ -67,7 +66,7 @@ def run_cases(name: str, run: Callable[[Case], None], cases: Sequence[Case]) -> 
                 for _ in range(CALLS):
                     run(case)
             except Exception as error:
-                found.append(f"{type(error).__name__}: {error}")
+                found.append(told(error))
             found += [fault for kernel in recorder.compiled for fault in faults.fp64(kernel)]
             found += faults.changed_globals(recorder.launched)
         out.variants |= {kernel.variant for kernel in recorder.compiled}
@@ -77,6 +76,15 @@ def run_cases(name: str, run: Callable[[Case], None], cases: Sequence[Case]) -> 
         out.launches += recorder.count
         out.launched |= {function.__name__ for function in recorder.launched}
     return out
+
+
+def told(error: BaseException) -> str:
+    """With what caused it: the compiler's own error only shows the line."""
+    lines = [f"{type(error).__name__}: {error}"]
+    while error.__cause__ is not None:
+        error = error.__cause__
+        lines.append(f"{type(error).__name__}: {error}")
+    return "\n".join(lines).replace("\n", "\n    ")
 
 
 def spills(kernel: Compiled) -> bool:
@@ -98,11 +106,15 @@ def parts(ops: Sequence[Op] = OPS) -> list[Part]:
     return sorted(found, key=lambda part: (part.first, part.op))
 
 
+def kernel_sources() -> list[Path]:
+    return sorted((ROOT / "kernels").rglob("*.py"))
+
+
 def never_launched(launched: set[str]) -> list[str]:
     """Kernels that a module of kernels/ launches and no case does."""
-    sources = [path.read_text() for path in (ROOT / "kernels").rglob("*.py")]
-    kernels = {name for source in sources for name in _jitted(source)}
-    called = {name for source in sources for name in _launched(source) | _arguments(source)}
+    sources = [path.read_text() for path in kernel_sources()]
+    kernels = {name for source in sources for name in triton_kernels._jitted(source)}
+    called = {name for source in sources for name in triton_kernels._launched(source) | _arguments(source)}
     return [f"{name}: launched by no case" for name in sorted((kernels & called) - launched)]
 
 
@@ -112,6 +124,13 @@ def _arguments(source: str) -> set[str]:
     return {ast.unparse(call.args[0]).rsplit(".", 1)[-1] for call in calls if "launch" in ast.unparse(call.func)}
 
 
+def outcomes() -> Iterator[Outcome]:
+    """Of all cases. Spawned: a fork would share what a compiler's threads hold."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=spawn) as pool:
+        yield from pool.map(run_part, parts())
+
+
 def main() -> None:
     """Call every op of the triton backend with the stand-in driver; exit with 1 if anything is wrong."""
     folder = Path(asyncopd.kernels.__file__).resolve().parent
@@ -119,10 +138,8 @@ def main() -> None:
         raise SystemExit(f"asyncopd.kernels was imported from {folder}, expected {ROOT / 'kernels'}")
     begin = time.perf_counter()
     total = Outcome()
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(PROCESSES, os.cpu_count() or 1), mp_context=spawn) as pool:
-        for outcome in pool.map(run_part, parts()):
-            total.add(outcome)
+    for outcome in outcomes():
+        total.add(outcome)
     failures = total.failures + never_launched(total.launched)
     for failure in failures:
         print(failure)

@@ -130,12 +130,10 @@ class _Launcher:
 class _Utils:
     """In the place of triton.backends.nvidia.driver.CudaUtils."""
 
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        """Handles of module and function, registers and spills (which nobody here reads), threads of a block."""
-        return 1, 2, 0, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        pass
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[None, int, int, int, int]:
+        """No module, which would be unloaded when there is no driver any more; a handle of the function, registers and
+        spills, which nobody here reads, and the threads of a block."""
+        return None, 2, 0, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": MAX_SHARED_BYTES, "multiprocessor_count": 132}

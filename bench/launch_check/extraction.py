@@ -4,44 +4,40 @@ import torch
 
 import asyncopd
 from bench.launch_check.inputs import (
-    DTYPES,
     FAR_ROWS,
     FLOATS,
+    HEADS,
     IDS,
     LAYOUTS,
-    VOCABS,
+    LOGITS,
     WIDTH,
+    Size,
+    head_bias,
     laid_out,
     matrix,
 )
 from bench.launch_check.pairwise import Case, Rule
+from bench.launch_check.shards import LonelyShard
 
-TOPK_OPTIONS = {
-    "dtype": FLOATS,
-    "vocab": VOCABS,
-    "k": (64, 1),
-    "temperature": (1.0, 0.7),
-    "layout": LAYOUTS,
-    "rows": (4, 1),
-}
+TOPK_OPTIONS = {"dtype": FLOATS, "size": tuple(LOGITS), "layout": LAYOUTS, "temperature": (1.0, 0.7)}
 TOPK_RULES = (FAR_ROWS,)
 
 
 def topk(case: Case) -> None:
-    logits = matrix(case["rows"], case["vocab"], case["dtype"], case["layout"])
-    asyncopd.topk_logprobs(logits, case["k"], temperature=case["temperature"])
+    size = LOGITS[case["size"]]
+    logits = matrix(size.rows, size.vocab, case["dtype"], case["layout"])
+    asyncopd.topk_logprobs(logits, size.k, temperature=case["temperature"])
 
 
 SAMPLE_OPTIONS = {
     "dtype": FLOATS,
-    "vocab": VOCABS,
+    "size": tuple(LOGITS),
     "head": (16, 0),
     "num_samples": (48, 1, 0),
     "seed": ("int", "tensor"),
     "sampled_ids": (None, "int64", "int32"),
     "temperature": (1.0, 0.7),
     "layout": LAYOUTS,
-    "rows": (4, 1),
 }
 SAMPLE_RULES = (
     FAR_ROWS,
@@ -51,22 +47,22 @@ SAMPLE_RULES = (
 
 
 def sample(case: Case) -> None:
-    rows, own = case["rows"], case["sampled_ids"]
+    size, own = LOGITS[case["size"]], case["sampled_ids"]
     asyncopd.sample_support(
-        matrix(rows, case["vocab"], case["dtype"], case["layout"]),
+        matrix(size.rows, size.vocab, case["dtype"], case["layout"]),
         num_samples=case["num_samples"],
         head=case["head"],
-        seed=2**40 + 1 if case["seed"] == "int" else torch.arange(rows) - 2,
-        sampled_ids=None if own is None else torch.arange(rows, dtype=IDS[own]),
+        seed=2**40 + 1 if case["seed"] == "int" else torch.arange(size.rows) - 2,
+        sampled_ids=None if own is None else torch.arange(size.rows, dtype=IDS[own]),
         temperature=case["temperature"],
     )
 
 
+# With a bias, scale or cap 128 rows take the fused form.
+LINEAR_TOPK_SIZES = {"usual": Size(128, 2000, 64), "ones": Size(1, 999, 1)}
 LINEAR_TOPK_OPTIONS = {
     "dtype": FLOATS,
-    "vocab": (2000, 999),
-    "rows": (128, 1),  # with a bias, scale or cap 128 rows take the fused form
-    "k": (64, 1),
+    "size": tuple(LINEAR_TOPK_SIZES),
     "width": (WIDTH, WIDTH + 8),
     "bias": (None, "same", "fp32"),
     "temperature": (1.0, 0.7),
@@ -78,35 +74,32 @@ LINEAR_TOPK_OPTIONS = {
 
 
 def linear_topk(case: Case) -> None:
-    dtype, vocab = case["dtype"], case["vocab"]
+    size, dtype = LINEAR_TOPK_SIZES[case["size"]], case["dtype"]
     asyncopd.linear_topk_logprobs(
-        matrix(case["rows"], case["width"], dtype, case["hidden"]),
-        matrix(vocab, case["width"], dtype, case["weight"]),
-        case["k"],
-        bias=head_bias(case, vocab),
+        matrix(size.rows, case["width"], dtype, case["hidden"]),
+        matrix(size.vocab, case["width"], dtype, case["weight"]),
+        size.k,
+        bias=head_bias(size.vocab, dtype, case["bias"]),
         temperature=case["temperature"],
         logit_scale=case["logit_scale"],
         softcap=case["softcap"],
     )
 
 
-def head_bias(case: Case, vocab: int) -> torch.Tensor | None:
-    """options read: bias, dtype"""
-    kind = case["bias"]
-    return None if kind is None else torch.ones(vocab, dtype=DTYPES[case["dtype"] if kind == "same" else kind])
-
-
-SHARDED_TOPK_OPTIONS = {"dtype": FLOATS, "k": (64, 1), "temperature": (1.0, 0.7), "from": ("logits", "hidden states")}
+SHARDED_TOPK_OPTIONS = {
+    "dtype": FLOATS,
+    "size": tuple(HEADS),
+    "temperature": (1.0, 0.7),
+    "of": ("logits", "hidden states"),
+}
 
 
 def sharded_topk(case: Case) -> None:
-    from bench.launch_check.shards import LonelyShard
-
-    shard, dtype = LonelyShard.of_sizes(2000, 1000), case["dtype"]
-    if case["from"] == "logits":
-        asyncopd.vocab_parallel_topk_logprobs(
-            matrix(4, shard.size, dtype), case["k"], shard, temperature=case["temperature"]
-        )
+    size, dtype, temperature = HEADS[case["size"]], case["dtype"], case["temperature"]
+    shard = LonelyShard.of_sizes(size.vocab, 500)
+    if case["of"] == "logits":
+        logits = matrix(size.rows, size.vocab, dtype)
+        asyncopd.vocab_parallel_topk_logprobs(logits, size.k, shard, temperature=temperature)
     else:
-        hidden, weight = matrix(4, WIDTH, dtype), laid_out(matrix(shard.size, WIDTH, dtype), "rows apart")
-        asyncopd.vocab_parallel_linear_topk_logprobs(hidden, weight, case["k"], shard, temperature=case["temperature"])
+        hidden, weight = matrix(size.rows, WIDTH, dtype), laid_out(matrix(size.vocab, WIDTH, dtype), "rows apart")
+        asyncopd.vocab_parallel_linear_topk_logprobs(hidden, weight, size.k, shard, temperature=temperature)

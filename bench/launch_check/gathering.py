@@ -4,15 +4,16 @@ import torch
 
 import asyncopd
 from asyncopd.ops import linear_gather_logits_into
-from bench.launch_check.extraction import head_bias
 from bench.launch_check.inputs import (
     DTYPES,
     FAR_ROWS,
     FLOATS,
+    HEADS,
     IDS,
     LAYOUTS,
-    VOCABS,
+    LOGITS,
     WIDTH,
+    head_bias,
     laid_out,
     matrix,
     some_ids,
@@ -21,53 +22,49 @@ from bench.launch_check.inputs import (
 )
 from bench.launch_check.pairwise import Case
 
-HEAD_VOCAB = 40_000  # tiles of 4,096 columns, as at any larger vocabulary
-
 GATHER_OPTIONS = {
     "dtype": FLOATS,
-    "vocab": VOCABS,
+    "size": tuple(LOGITS),
     "ids": tuple(IDS),
-    "k": (64, 1, 200),
     "temperature": (1.0, 0.7),
     "layout": LAYOUTS,
     "gradient": ("contiguous", "expanded"),
-    "rows": (4, 1),
 }
 GATHER_RULES = (FAR_ROWS,)
 
 
 def gather(case: Case) -> None:
-    rows, vocab, k = case["rows"], case["vocab"], case["k"]
-    logits = wants_grad(matrix(rows, vocab, case["dtype"], case["layout"]))
-    ids = some_ids(rows, k, vocab, case["ids"])
-    scores = asyncopd.gather_logprobs(logits, ids, temperature=case["temperature"])
+    size = LOGITS[case["size"]]
+    logits = wants_grad(matrix(size.rows, size.vocab, case["dtype"], case["layout"]))
+    scores = asyncopd.gather_logprobs(logits, some_ids(size, case["ids"]), temperature=case["temperature"])
     gradient = torch.ones(scores.shape, dtype=scores.dtype)
     scores.backward(gradient if case["gradient"] == "contiguous" else gradient[:1, :1].expand(scores.shape))
 
 
-LINEAR_GATHER_OPTIONS = {
-    "dtype": FLOATS,
-    "vocab": (HEAD_VOCAB, 999),
-    "ids": tuple(IDS),
-    "k": (64, 1),
+HEAD_OPTIONS = {
     "bias": (None, "same", "fp32"),
     "temperature": (1.0, 0.7),
     "logit_scale": (1.0, 0.5),
     "softcap": (None, 30.0),
+}
+LINEAR_GATHER_OPTIONS = {
+    "dtype": FLOATS,
+    "size": tuple(HEADS),
+    "ids": tuple(IDS),
+    **HEAD_OPTIONS,
     "hidden": ("contiguous", "rows apart", "transposed"),
     "weight": ("contiguous", "rows apart", "transposed"),
     "trains": ("both", "hidden", "weight"),
-    "rows": (4, 1),
 }
 
 
 def linear_gather(case: Case) -> None:
-    rows, vocab, dtype = case["rows"], case["vocab"], case["dtype"]
-    bias = head_bias(case, vocab)
+    size, dtype = HEADS[case["size"]], case["dtype"]
+    bias = head_bias(size.vocab, dtype, case["bias"])
     scores = asyncopd.linear_gather_logprobs(
-        wants_grad(matrix(rows, WIDTH, dtype, case["hidden"]), case["trains"] != "weight"),
-        wants_grad(matrix(vocab, WIDTH, dtype, case["weight"]), case["trains"] != "hidden"),
-        some_ids(rows, case["k"], vocab, case["ids"]),
+        wants_grad(matrix(size.rows, WIDTH, dtype, case["hidden"]), case["trains"] != "weight"),
+        wants_grad(matrix(size.vocab, WIDTH, dtype, case["weight"]), case["trains"] != "hidden"),
+        some_ids(size, case["ids"]),
         bias=None if bias is None else wants_grad(bias),
         temperature=case["temperature"],
         logit_scale=case["logit_scale"],
@@ -78,34 +75,30 @@ def linear_gather(case: Case) -> None:
 
 LOGITS_INTO_OPTIONS = {
     "dtype": FLOATS,
+    "size": tuple(HEADS),
     "gradient": ("same", "fp32"),
     "gradient_rows": ("contiguous", "rows apart"),
     "ids": tuple(IDS),
-    "k": (64, 1),
     "mask": (None, "bool", "int"),
-    "bias": (None, "same", "fp32"),
-    "temperature": (1.0, 0.7),
-    "logit_scale": (1.0, 0.5),
-    "softcap": (None, 30.0),
-    "rows": (4, 1),
+    **HEAD_OPTIONS,
 }
 
 
 def logits_into(case: Case) -> None:
     """Twice into the same gradients, as a trainer that accumulates."""
-    rows, dtype, vocab = case["rows"], case["dtype"], 999
-    bias = head_bias(case, vocab)
+    size, dtype = HEADS[case["size"]], case["dtype"]
+    bias = head_bias(size.vocab, dtype, case["bias"])
     kind = DTYPES[dtype if case["gradient"] == "same" else case["gradient"]]
-    gradient = laid_out(torch.zeros(vocab, WIDTH, dtype=kind), case["gradient_rows"])
+    gradient = laid_out(torch.zeros(size.vocab, WIDTH, dtype=kind), case["gradient_rows"])
     for _ in range(2):
         scores = linear_gather_logits_into(
-            wants_grad(matrix(rows, WIDTH, dtype)),
-            matrix(vocab, WIDTH, dtype),
-            some_ids(rows, case["k"], vocab, case["ids"]),
+            wants_grad(matrix(size.rows, WIDTH, dtype)),
+            matrix(size.vocab, WIDTH, dtype),
+            some_ids(size, case["ids"]),
             gradient,
-            mask=some_mask(rows, case["mask"]),
+            mask=some_mask(size.rows, case["mask"]),
             bias=bias,
-            bias_grad=None if bias is None else torch.zeros(vocab),
+            bias_grad=None if bias is None else torch.zeros(size.vocab),
             temperature=case["temperature"],
             logit_scale=case["logit_scale"],
             softcap=case["softcap"],

@@ -7,17 +7,28 @@ import torch
 from torch import Tensor
 
 from asyncopd import Support
-from bench.launch_check.pairwise import Case, Rule
+from bench.launch_check.pairwise import Rule
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 FLOATS = ("bf16", "fp16", "fp32")
 IDS = {"int64": torch.int64, "int32": torch.int32}
-# A multiple of 16, by which Triton specialises, and at which blocks have the size that they have in use; and not one.
-VOCABS = (151_936, 999)
 LAYOUTS = ("contiguous", "rows apart", "transposed", "rows 2^31 apart")
-# A stride of more than 32 bits needs no memory where there is one row.
-FAR_ROWS = Rule(("layout", "rows"), lambda layout, rows: layout != "rows 2^31 apart" or rows == 1)
 WIDTH = 64  # H of heads: one step of a product
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    rows: int
+    vocab: int
+    k: int
+
+
+# Triton compiles variants for multiples of 16 and for 1: so usual sizes, whose blocks are those in use, and the others.
+LOGITS = {"usual": Size(4, 151_936, 64), "ones": Size(1, 999, 1)}
+HEADS = {"usual": Size(6, 40_000, 64), "ones": Size(1, 999, 1)}  # tiles of 4,096 columns, as at any larger vocabulary
+SCORES = {"usual": Size(6, 1000, 64), "ones": Size(1, 1000, 1)}
+# A stride of more than 32 bits needs no memory where there is one row.
+FAR_ROWS = Rule(("layout", "size"), lambda layout, size: layout != "rows 2^31 apart" or size == "ones")
 
 
 def laid_out(tensor: Tensor, layout: str) -> Tensor:
@@ -40,13 +51,18 @@ def matrix(rows: int, columns: int, dtype: str, layout: str = "contiguous") -> T
     return laid_out(values.view(rows, columns).to(DTYPES[dtype]), layout)
 
 
-def some_ids(rows: int, k: int, vocab: int, dtype: str) -> Tensor:
-    """Some equal, some not, one of them a pad where there are two."""
-    ids = torch.arange(rows * k).mul_(7919).remainder_(vocab).view(rows, k)
+def some_ids(size: Size, dtype: str) -> Tensor:
+    """Some equal, some not, one of them a pad where there are three."""
+    ids = torch.arange(size.rows * size.k).mul_(7919).remainder_(size.vocab).view(size.rows, size.k)
     ids[:, -1] = ids[:, 0]
-    if k > 2:
+    if size.k > 2:
         ids[0, 1] = -1
     return ids.to(IDS[dtype])
+
+
+def head_bias(vocab: int, dtype: str, kind: str | None) -> Tensor | None:
+    """kind: None, "same" as the head's dtype, or a dtype"""
+    return None if kind is None else torch.ones(vocab, dtype=DTYPES[dtype if kind == "same" else kind])
 
 
 def some_mask(rows: int, kind: str | None) -> Tensor | None:
@@ -55,14 +71,6 @@ def some_mask(rows: int, kind: str | None) -> Tensor | None:
         return None
     mask = torch.arange(rows) % 3 != 1
     return mask if kind == "bool" else mask.to(torch.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class Scores:
-    """[N, K] each: the student's log-probabilities and a support."""
-
-    student: Tensor
-    support: Support
 
 
 def log_weights(rows: int, k: int, draw: str | None) -> Tensor:
@@ -75,10 +83,11 @@ def log_weights(rows: int, k: int, draw: str | None) -> Tensor:
     return weights
 
 
-def support(case: Case, rows: int, k: int, vocab: int, draw: str | None, layout: str = "contiguous") -> Support:
-    """options read: ids, teacher"""
-    teacher = laid_out(torch.full((rows, k), -2.0, dtype=DTYPES[case["teacher"]]), layout)
-    return Support(some_ids(rows, k, vocab, case["ids"]), teacher, log_weights(rows, k, draw), draw)  # type: ignore[arg-type]
+def support(size: Size, draw: str | None, teacher: str, ids: str, layout: str = "contiguous") -> Support:
+    """teacher, ids: their dtypes"""
+    scores = laid_out(torch.full((size.rows, size.k), -2.0, dtype=DTYPES[teacher]), layout)
+    weights = log_weights(size.rows, size.k, draw)
+    return Support(some_ids(size, ids), scores, weights, draw)  # type: ignore[arg-type]
 
 
 def wants_grad(tensor: Tensor, wanted: bool = True) -> Tensor:

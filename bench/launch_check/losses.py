@@ -1,5 +1,6 @@
 """Cases of the losses, forward and backward: on [N, K] scores, through a head, and through one split by vocabulary."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -8,14 +9,16 @@ from torch import Tensor
 
 import asyncopd
 from asyncopd import Correction
-from bench.launch_check.extraction import head_bias
-from bench.launch_check.gathering import HEAD_VOCAB
 from bench.launch_check.inputs import (
     DTYPES,
     FLOATS,
+    HEADS,
     IDS,
+    SCORES,
     WIDTH,
+    Size,
     backward,
+    head_bias,
     laid_out,
     matrix,
     some_mask,
@@ -54,12 +57,11 @@ SCORES_OPTIONS = {
     "dtype": FLOATS,
     "teacher": ("fp32", "bf16", "fp64"),
     "ids": tuple(IDS),
-    "k": (64, 1),
+    "size": tuple(SCORES),
     "mask": (None, "bool", "int"),
     "metrics": (False, True),
     "reduction": REDUCTIONS,
     "layout": ("contiguous", "rows apart", "transposed"),
-    "rows": (6, 1),
 }
 
 REVERSE_OPTIONS = {
@@ -86,19 +88,18 @@ FORWARD_OPTIONS = {"draw": DRAWS, "tail": ("drop", "bucket", "renormalize"), **S
 FORWARD_RULES = REVERSE_RULES[:1]
 
 
-def student_scores(case: Case) -> Tensor:
-    """options read: rows, k, dtype, layout"""
-    return wants_grad(
-        laid_out(torch.full((case["rows"], case["k"]), -1.5, dtype=DTYPES[case["dtype"]]), case["layout"])
-    )
+def student_scores(case: Case, size: Size) -> Tensor:
+    values = torch.full((size.rows, size.k), -1.5, dtype=DTYPES[case["dtype"]])
+    return wants_grad(laid_out(values, case["layout"]))
 
 
 def reverse(case: Case) -> None:
-    student = student_scores(case)
+    size = SCORES[case["size"]]
+    student = student_scores(case, size)
     loss = asyncopd.reverse_kl(
         student,
-        support(case, case["rows"], case["k"], 1000, case["draw"], case["layout"]),
-        mask=some_mask(case["rows"], case["mask"]),
+        support(size, case["draw"], case["teacher"], case["ids"], case["layout"]),
+        mask=some_mask(size.rows, case["mask"]),
         normalize=case["normalize"],
         tail=case["tail"],
         baseline=case["baseline"],
@@ -110,11 +111,11 @@ def reverse(case: Case) -> None:
 
 
 def forward(case: Case) -> None:
-    student = student_scores(case)
+    size = SCORES[case["size"]]
     loss = asyncopd.forward_kl(
-        student,
-        support(case, case["rows"], case["k"], 1000, case["draw"], case["layout"]),
-        mask=some_mask(case["rows"], case["mask"]),
+        student_scores(case, size),
+        support(size, case["draw"], case["teacher"], case["ids"], case["layout"]),
+        mask=some_mask(size.rows, case["mask"]),
         tail=case["tail"],
         return_metrics=case["metrics"],
         **reduction_options(case),
@@ -141,49 +142,54 @@ LOSSES: dict[str, tuple[str | None, dict[str, Any]]] = {
     "m2_budget": ("samples", {"correction": ("m2_budget", "current")}),
 }
 
+# Likewise of a head, whose options go with each other in `linear_gather_logprobs`.
+KINDS_OF_HEAD: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bias": {"bias": "same", "logit_scale": 0.5, "weight": "transposed"},
+    "fp32 bias, softcap": {"bias": "fp32", "softcap": 30.0, "temperature": 0.7, "hidden": "rows apart"},
+}
+
 HEAD_OPTIONS = {
     "loss": tuple(LOSSES),
     "dtype": FLOATS,
-    "teacher": ("fp32", "bf16", "fp64"),
+    "head": tuple(KINDS_OF_HEAD),
+    "size": tuple(HEADS),
     "mask": (None, "bool", "int"),
     "metrics": (False, True),
     "reduction": REDUCTIONS,
     "trains": ("both", "hidden", "weight"),
-    "bias": (None, "same", "fp32"),
-    "temperature": (1.0, 0.7),
-    "logit_scale": (1.0, 0.5),
-    "softcap": (None, 30.0),
-    "hidden": ("contiguous", "rows apart"),
-    "weight": ("contiguous", "transposed"),
-    "rows": (6, 1),
+    "teacher": ("fp32", "bf16", "fp64"),
     "ids": tuple(IDS),
 }
 
 
 def through_head(case: Case) -> None:
-    _through_head(case, HEAD_VOCAB, None)
+    _through_head(case, None)
 
 
-# What a shard changes is which ids are here; how layouts and sizes are launched is seen above.
-_OF_A_SHARD = ("loss", "dtype", "mask", "reduction", "trains", "bias", "temperature", "softcap", "rows")
+# What a shard changes is which ids are here; how teachers and metrics are launched is seen above.
+_OF_A_SHARD = ("loss", "dtype", "head", "mask", "trains")
 SHARDED_OPTIONS = {name: HEAD_OPTIONS[name] for name in _OF_A_SHARD}
 
 
 def through_sharded_head(case: Case) -> None:
     """Ids of the first of two shards and of the second."""
-    others = {"teacher": "fp32", "metrics": False, "logit_scale": 1.0, "ids": "int64"}
-    layouts = {"hidden": "contiguous", "weight": "contiguous"}
-    _through_head({**case, **others, **layouts}, HEAD_VOCAB, LonelyShard.of_sizes(HEAD_VOCAB, 500))
+    others = {"size": "usual", "metrics": False, "reduction": "mean", "teacher": "fp32", "ids": "int64"}
+    _through_head({**case, **others}, LonelyShard.of_sizes(HEADS["usual"].vocab, 500))
 
 
-def _through_head(case: Case, vocab: int, shard: LonelyShard | None) -> None:
-    k, rows, dtype, trains = 64, case["rows"], case["dtype"], case["trains"]
-    draw, options = LOSSES[case["loss"]]
-    options = dict(options)
+def _through_head(case: Case, shard: LonelyShard | None) -> None:
+    size, dtype, trains = HEADS[case["size"]], case["dtype"], case["trains"]
+    head: dict[str, Any] = {"hidden": "contiguous", "weight": "contiguous", "bias": None}
+    head |= KINDS_OF_HEAD[case["head"]]
+    draw, loss_options = LOSSES[case["loss"]]
+    options = dict(loss_options)
     if "correction" in options:
         kind, advantage = options["correction"]
-        options["correction"] = correction_of(kind, advantage, torch.Size((rows, k)))
-    bias = head_bias(case, vocab)
+        options["correction"] = correction_of(kind, advantage, torch.Size((size.rows, size.k)))
+    options |= {name: value for name, value in head.items() if name in ("temperature", "logit_scale", "softcap")}
+    bias = head_bias(size.vocab, dtype, head["bias"])
+    ids_of = size if shard is None else replace(size, vocab=shard.vocab)
     is_forward = case["loss"].startswith("forward")
     function: Any
     if shard is None:
@@ -193,15 +199,12 @@ def _through_head(case: Case, vocab: int, shard: LonelyShard | None) -> None:
     else:
         function = partial(asyncopd.vocab_parallel_linear_reverse_kl, shard=shard)
     loss = function(
-        wants_grad(matrix(rows, WIDTH, dtype, case["hidden"]), trains != "weight"),
-        wants_grad(matrix(vocab, WIDTH, dtype, case["weight"]), trains != "hidden"),
-        support(case, rows, k, vocab if shard is None else shard.vocab, draw),
-        mask=some_mask(rows, case["mask"]),
+        wants_grad(matrix(size.rows, WIDTH, dtype, head["hidden"]), trains != "weight"),
+        wants_grad(matrix(size.vocab, WIDTH, dtype, head["weight"]), trains != "hidden"),
+        support(ids_of, draw, case["teacher"], case["ids"]),
+        mask=some_mask(size.rows, case["mask"]),
         return_metrics=case["metrics"],
         bias=None if bias is None else wants_grad(bias),
-        temperature=case["temperature"],
-        logit_scale=case["logit_scale"],
-        softcap=case["softcap"],
         **options,
         **reduction_options(case),
     )

@@ -1,8 +1,8 @@
 """A launch by asyncopd.kernels.launch is Triton's own launch: the same compiled kernel with the same arguments.
 
-Triton compiles a variant for the types of arguments, for pointers and ints that are multiples of 16, ints that are 1 and
-ints of more than 32 bits. A cached launch that takes the variant of another call would read beyond a tensor or compute
-something else, on a GPU only. Here every launch is recorded by the stand-in driver.
+Triton compiles a variant for the types of arguments, for pointers and ints that are multiples of 16, for ints that are
+1 and for ints of more than 32 bits. A cached launch that takes the variant of another call would read beyond a tensor
+or compute something else, on a GPU only. Here every launch is recorded by the stand-in driver.
 """
 
 from collections.abc import Iterator

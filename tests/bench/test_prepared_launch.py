@@ -10,6 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 import launch_kernels
+import triton
 from triton import knobs
 from triton.runtime import JITFunction
 
@@ -146,4 +147,28 @@ def test_triton_launches_in_versions_that_were_not_tested(
     for _ in range(2):
         prepared(1, X, Y, Y)
     assert own_launches == ["every_argument"] * 2
+    recorder.launches.clear()  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("way", "devices"), [("prepared", (1, 2)), ("launch", (3, 4))])
+def test_each_device_has_its_own_kernel(
+    recorder: Recorder,
+    own_launches: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+    devices: tuple[int, int],
+) -> None:
+    """A kernel is loaded on one device; what runs on another is loaded there, by Triton's path."""
+    kernel = launch_kernels.every_argument
+    prepared = Prepared(kernel, *REST, num_warps=4)
+    by_triton = []
+    for device in (*devices, *devices):
+        monkeypatch.setattr(triton.runtime.driver.active, "get_current_device", lambda device=device: device)
+        for _ in range(3):
+            if way == "prepared":
+                prepared(1, X, Y, Y)
+            else:
+                launch_module.launch(kernel, 1, X, Y, Y, *REST, num_warps=4)
+        by_triton.append(len(own_launches))
+    assert by_triton == ([1, 2, 2, 2] if launch_module.DIRECT else [3, 6, 9, 12])
     recorder.launches.clear()  # type: ignore[union-attr]
