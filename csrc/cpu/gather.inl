@@ -98,19 +98,22 @@ bool gather_row(const typename Type::Storage* row, const Id* ids, int64_t vocab,
   accumulate<Type>(row, vocab, scale, running);
   const double lse = running.logsumexp(scale);
   *lse_out = static_cast<float>(lse);
-  bool valid = true;
+  // Without branches on the ids: first the logits, then what follows from them.
+  const typename Type::Storage impossible = Type::store(-kInf);
+  int outside = 0;
   for (int64_t k = 0; k < num_ids; ++k) {
     const int64_t id = ids[k];
-    if (id >= 0 && id < vocab) {
-      logprobs[k] = normalized(Type::load(row[id]), lse, scale);
-    } else if (id == -1) {
-      logprobs[k] = -kInf;
-    } else {
-      logprobs[k] = std::numeric_limits<float>::quiet_NaN();
-      valid = false;
-    }
+    const bool is_column = static_cast<uint64_t>(id) < static_cast<uint64_t>(vocab);
+    outside |= !is_column && id != -1;
+    logprobs[k] = Type::load(*(is_column ? row + id : &impossible));
   }
-  return valid;
+  for (int64_t k = 0; k < num_ids; ++k) logprobs[k] = normalized(logprobs[k], lse, scale);
+  if (outside == 0 && !std::isnan(lse)) return true;
+  for (int64_t k = 0; k < num_ids; ++k) {
+    if (ids[k] == -1) logprobs[k] = -kInf;
+    if (ids[k] < -1 || ids[k] >= vocab) logprobs[k] = std::numeric_limits<float>::quiet_NaN();
+  }
+  return outside == 0;
 }
 
 template <typename Type, typename Id>
@@ -147,8 +150,8 @@ inline bool gather_tile_rows(const Tile& tile, int64_t begin, int64_t end) {
     if (tile.lse == nullptr) continue;
     const double lse = running.logsumexp(scale);
     tile.lse[n] = static_cast<float>(lse);
+    for (int64_t k = 0; k < tile.num_ids; ++k) outside |= ids[k] < -1 || ids[k] >= vocab;
     for (int64_t k = 0; k < tile.num_ids; ++k) {
-      outside |= ids[k] < -1 || ids[k] >= vocab;
       logprobs[k] = ids[k] < 0 ? -std::numeric_limits<float>::infinity() : normalized(logprobs[k], lse, scale);
     }
   }

@@ -32,11 +32,12 @@ struct Problem {
 // What one thread works in, one row at a time: the entries whose columns are there, [num_ids] each.
 struct Workspace {
   uint32_t* columns;
-  uint32_t* owners;  // the last entry of the same column
+  uint32_t* owners;    // the last entry of the same column
+  uint32_t* repeated;  // entries that are not the last one of their column
   float* grad;
-  float* parts;      // the logit, then what its softmax contributes
-  double* sums;      // of the gradients of a column, at its owner
-  uint32_t* marks;   // [columns], or null where the results have room for the index of an entry
+  float* parts;        // the logit, then what its softmax contributes, then the gradient
+  double* sums;        // of the gradients of a column, at its owner
+  uint32_t* marks;     // [columns], or null where the results have room for the index of an entry
 };
 
 // Rows [begin, end); false when an id is out of range.
@@ -65,12 +66,14 @@ int asyncopd_cpu_gather_logprobs_backward(const float* grad, const void* logits,
   std::atomic<bool> valid{true};
   const bool narrow = dtype != kFloat32 && num_ids > int64_t{1} << 16;
   parallel_rows(rows, kElementsPerColumn * columns + kElementsPerId * num_ids, threads, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<uint32_t[]> indices(new uint32_t[2 * num_ids + 2]);  // an entry that is none may lie behind
-    const std::unique_ptr<float[]> values(new float[2 * num_ids + 2]);
+    const int64_t room = num_ids + 1;  // an entry that is none may lie behind the others
+    const std::unique_ptr<uint32_t[]> indices(new uint32_t[3 * room]);
+    const std::unique_ptr<float[]> values(new float[2 * room]);
     const std::unique_ptr<double[]> sums(new double[num_ids]);
     const std::unique_ptr<uint32_t[]> marks(narrow ? new uint32_t[columns] : nullptr);
-    const Workspace work{indices.get(), indices.get() + num_ids + 1, values.get(), values.get() + num_ids + 1,
-                         sums.get(),    marks.get()};
+    const Workspace work{indices.get(), indices.get() + room, indices.get() + 2 * room,
+                         values.get(),  values.get() + room,  sums.get(),
+                         marks.get()};
     if (!function(problem, work, begin, end)) valid.store(false, std::memory_order_relaxed);
   });
   return valid.load() ? kOk : kBadId;

@@ -78,11 +78,19 @@ struct IntegerMarks {
   ASYNCOPD_INLINE uint32_t get(uint32_t column) const { return marks[column]; }
 };
 
-// owners[i] = the last entry that names the same column as entry i. Overwrites the marks of those columns.
+// owners[i] = the last entry that names the same column as entry i; `repeated` lists those that are not that one, and how
+// many they are is returned. Overwrites the marks of the columns.
 template <typename Marks>
-ASYNCOPD_INLINE void find_owners(const Workspace& work, int64_t n, const Marks& marks) {
+ASYNCOPD_INLINE int64_t find_owners(const Workspace& work, int64_t n, const Marks& marks) {
+  int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) marks.set(work.columns[i], i);
-  for (int64_t i = 0; i < n; ++i) work.owners[i] = marks.get(work.columns[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t owner = marks.get(work.columns[i]);
+    work.owners[i] = owner;
+    work.repeated[count] = static_cast<uint32_t>(i);
+    count += owner != static_cast<uint32_t>(i) ? 1 : 0;
+  }
+  return count;
 }
 
 // Columns [first, first + columns) of a row. Returns false when an id lies outside [kElsewhere, vocab).
@@ -110,20 +118,28 @@ bool backward_row(const float* grad, const typename Type::Storage* logits, doubl
     fill_row<Type>(logits, columns, row, scale, out);
   }
   // The marks lie where the results will, if those are wide enough.
+  int64_t repeated = 0;
   if (work.marks != nullptr) {
-    find_owners(work, n, IntegerMarks<uint32_t>{work.marks});
+    repeated = find_owners(work, n, IntegerMarks<uint32_t>{work.marks});
   } else if constexpr (sizeof *out == sizeof(float)) {
-    find_owners(work, n, FloatMarks{out});
+    repeated = find_owners(work, n, FloatMarks{out});
   } else {
-    find_owners(work, n, IntegerMarks<uint16_t>{out});
+    repeated = find_owners(work, n, IntegerMarks<uint16_t>{out});
   }
-  for (int64_t i = 0; i < n; ++i) work.sums[i] = 0.0;
-  for (int64_t i = 0; i < n; ++i) work.sums[work.owners[i]] += work.grad[i];
-  for (int64_t i = 0; i < n; ++i) work.parts[i] = is_flat ? flat : softmax_part(work.parts[i], row, scale);
-  for (int64_t i = 0; i < n; ++i) {
-    const double sum = work.parts[i] + work.sums[work.owners[i]] * scale.inv_temperature;
-    out[work.columns[i]] = Type::store(static_cast<float>(sum));
+  for (int64_t i = 0; i < n; ++i) work.sums[i] = work.grad[i];
+  for (int64_t j = 0; j < repeated; ++j) {
+    const uint32_t i = work.repeated[j];
+    work.sums[work.owners[i]] += work.grad[i];
   }
+  const double t = scale.inv_temperature;
+  if (is_flat) {
+    for (int64_t i = 0; i < n; ++i) work.parts[i] = static_cast<float>(flat + work.sums[i] * t);
+  } else {
+    for (int64_t i = 0; i < n; ++i) work.parts[i] = softmax_part(work.parts[i], row, scale);
+    for (int64_t i = 0; i < n; ++i) work.parts[i] = static_cast<float>(work.parts[i] + work.sums[i] * t);
+  }
+  // In this order: the last entry of a column is the one that has its sum.
+  for (int64_t i = 0; i < n; ++i) out[work.columns[i]] = Type::store(work.parts[i]);
   return true;
 }
 

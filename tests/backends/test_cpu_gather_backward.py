@@ -51,6 +51,14 @@ def test_a_real_vocabulary(dtype: torch.dtype, isa: int) -> None:
     assert_matches(*random_case(2, 151_936, 64, dtype), isa=isa)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("num_ids", [65_536, 65_537, 70_000])
+def test_more_ids_than_a_16_bit_number_counts(num_ids: int, dtype: torch.dtype, isa: int) -> None:
+    """Most of them named again, many thousands of entries later."""
+    grad, logits, ids = random_case(2, 50_000, num_ids, dtype)
+    assert_matches(grad / num_ids**0.5, logits, ids, isa=isa)
+
+
 def test_ids_of_another_shard(isa: int) -> None:
     """-2 counts in the sum and is scattered nowhere, in a row of which no id is held here as well."""
     grad, logits, ids = random_case(6, 1300, 9)

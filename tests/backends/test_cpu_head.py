@@ -7,6 +7,7 @@ from torch import Tensor
 from asyncopd.backends import cpu, reference
 from asyncopd.backends.cpu import head as head_ops
 from asyncopd.backends.cpu import walk
+from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.backends.reference.head import Head
 
 INF, NAN = float("inf"), float("nan")
@@ -180,6 +181,66 @@ def test_topk_over_blocks(rows: int, k: int, monkeypatch: pytest.MonkeyPatch) ->
         assert torch.equal(tiled[0], whole[0])
         for a, b in zip(tiled[1:], whole[1:], strict=True):
             close(a, b.double())
+
+
+@pytest.mark.parametrize("k", [1, 64, 300])
+def test_topk_of_logits_that_fit_a_tile(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One product and one kernel: the same ids as in many blocks, and scores that agree."""
+    rng = torch.Generator().manual_seed(k)
+    hidden, weight = (torch.randint(-3, 4, shape, generator=rng).float() for shape in ((6, 4), (300, 4)))
+    bias = torch.randint(-3, 4, (300,), generator=rng).float()
+    bias[77], bias[270:] = NAN, -INF
+    for scalars in SCALARS:
+        head = Head(weight, bias, *scalars)
+        tiled = cpu.linear_topk_logprobs(hidden, head, k)
+        with monkeypatch.context() as patch:
+            patch.setattr(walk, "TILE_ELEMENTS", 6 * 300)
+            assert walk.fits_one_tile(6, 300)
+            assert not walk.fits_one_tile(7, 300)
+            whole = cpu.linear_topk_logprobs(hidden, head, k)
+        for a, b in zip(whole, tiled, strict=True):
+            close(a, b.double())
+        if scalars[2] is None:  # tanh may round two logits alike, in one shape of a tensor and not in another
+            assert torch.equal(whole[0], tiled[0])
+
+
+@pytest.mark.parametrize("fill", [0.0, 1e30, INF, NAN])
+@pytest.mark.parametrize("scalars", SCALARS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tile", [64, 9 * 300], ids=["blocks", "one tile"])
+def test_loss_with_a_row_of_pads(
+    tile: int,
+    dtype: torch.dtype,
+    scalars: tuple[float, float, float | None],
+    fill: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whatever the hidden state of a row without entries holds, it adds nothing; with a mask, and without."""
+    monkeypatch.setattr(walk, "TILE_ELEMENTS", tile)
+    hidden, weight, ids, bias = random_case(9, 300, 6, dtype)
+    ids[4], ids[0, 1] = -1, ids[0, 0]
+    teacher = torch.randn(ids.shape, generator=torch.Generator().manual_seed(3)).log_softmax(1)
+    mask = torch.tensor([True] * 7 + [False] * 2)
+    for valid in (None, mask):
+        rest = (valid, ids, teacher, torch.zeros(ids.shape), None, torch.tensor(7.0), True, True, LossSpec())
+        hidden[4] = 0.0
+        wide = Head(weight.double(), bias.double(), *scalars)
+        expected = reference.linear_kl(hidden.double(), wide, *rest)
+        hidden[4] = fill
+        mine = cpu.linear_kl(hidden, Head(weight, bias, *scalars), *rest)
+        for a, b, kind in zip(mine, expected, (torch.float32, torch.float32, dtype, dtype, dtype), strict=True):
+            if a is not mine[1]:  # metrics: of the histogram of ratios, not of all of them
+                close(a, b.double(), kind)
+
+
+def test_ids_are_checked_where_they_are_read() -> None:
+    hidden, weight, ids, _ = random_case(5, 300, 4)
+    for bad in (-2, 300):
+        wrong = ids.clone()
+        wrong[3, 1] = bad
+        for mask in (None, torch.tensor([True, True, True, False, True])):
+            with pytest.raises(ValueError, match="ids: got"):
+                cpu.linear_gather_logprobs(hidden, Head(weight, None, *PLAIN), wrong, mask)
 
 
 def test_no_rows() -> None:

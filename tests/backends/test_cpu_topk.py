@@ -58,6 +58,13 @@ def test_matches_a_stable_sort(vocab: int, dtype: torch.dtype, isa: int) -> None
             assert_matches(tied_logits(5, vocab, 3).to(dtype), k, isa=isa)
 
 
+@pytest.mark.parametrize("k", [15, 16, 17, 31, 32, 33, 255, 256, 257])
+def test_sizes_at_which_the_selection_changes(k: int, isa: int) -> None:
+    """Whole vectors and one more or less; the largest number that is ordered by counting; -0 and +0 are equal."""
+    for logits in (random_logits(7, 600), tied_logits(7, 600, 2), tied_logits(7, 600, 2) * -0.0):
+        assert_matches(logits, k, isa=isa)
+
+
 @pytest.mark.parametrize("k", [1, 64, 1024, REAL_VOCAB])
 def test_a_real_vocabulary(k: int, isa: int) -> None:
     assert_matches(random_logits(2, REAL_VOCAB), k, isa=isa)

@@ -51,8 +51,8 @@ def linear_kl(
         part = None if proximal is None else proximal[group]
         support = (teacher[group], log_weights[group], ids[group], None, part)
         loss, coef, metrics = kl_loss(scores, *support, denominator, spec)
-        _silence_rows_without_entries(walk, coef, lse)
-        walk.backward(coef, lse, gradients.of(group), tiles if kept else None, first=group.start == 0)
+        usable = _silence_rows_without_entries(walk, coef, lse)
+        walk.backward(coef, lse, gradients.of(group), tiles if kept and usable else None, first=group.start == 0)
         parts.append(scores)
     if len(parts) != 1:  # the loss and its metrics are of all rows together
         scores = torch.cat(parts) if parts else torch.empty(ids.shape, dtype=torch.float32)
@@ -60,15 +60,17 @@ def linear_kl(
     return loss, metrics, *finished(gradients, mask, hidden, head)
 
 
-def _silence_rows_without_entries(walk: Walk, coef: Tensor, lse: Tensor) -> None:
+def _silence_rows_without_entries(walk: Walk, coef: Tensor, lse: Tensor) -> bool:
     """A row without entries adds nothing, whatever its hidden state holds: 0 * NaN in a product would.
 
     A hidden state that is not finite makes every logit, and so LSE, not finite, unless a softcap hides it. A sum tells
     in one pass whether there may be one; where finite values overflow, the rows are looked at for nothing.
+    Returns whether the logits at hand may be used for the gradient: one of NaN is no factor for a softcap's slope.
     """
-    if walk.head.softcap is None and math.isfinite(lse.sum()):
-        return
-    walk.hidden = torch.where((coef != 0).any(dim=1, keepdim=True), walk.hidden, 0.0)
+    finite, capped = math.isfinite(lse.sum()), walk.head.softcap is not None
+    if capped or not finite:
+        walk.hidden = torch.where((coef != 0).any(dim=1, keepdim=True), walk.hidden, 0.0)
+    return finite or not capped
 
 
 def _groups(rows: int, weight: Tensor, dweight: Tensor | None) -> Iterator[tuple[slice, Tiles, bool]]:
