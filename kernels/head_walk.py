@@ -224,6 +224,7 @@ class Walk:
     def backward(self, grad: Tensor, logprobs: Tensor, lse: Tensor, gradients: Gradients, kept: Kept = NOTHING) -> None:
         """Gradients of sum(grad * log p), grad [rows, K]; `at_ids` holds y at the ids, by the forward or the caller."""
         rows, weight, device = self.hidden.shape[0], self.head.weight, self.hidden.device
+        # kl_rows computes in fp64 where a score of the teacher is fp64; the kernels here take fp32.
         grad = grad.to(torch.float32).masked_fill(self.ids == PAD, 0.0)
         totals = grad.sum(dim=1)
         unit = None

@@ -10,7 +10,8 @@ import triton.language as tl
 
 from asyncopd.kernels.numeric import INF, exp_precise
 
-EPSILON = tl.constexpr(2.0**-23)  # of fp32: below it nothing is known of 1 - mass
+# Floor of 1 - mass: 8 eps, as in the reference. What is below is rounding of the log-probabilities.
+FLOOR = tl.constexpr(2.0**-20)
 TINY = tl.constexpr(2.0**-126)
 
 
@@ -54,7 +55,7 @@ def less(x, log_z):
 @triton.jit
 def rest_of(log_p):  # [rows, K]
     """1 - sum p and its logarithm. Not by way of the logarithm of the sum, which would round twice."""
-    rest = at_least(1.0 - row_sum(exp_precise(log_p)), EPSILON)
+    rest = at_least(1.0 - row_sum(exp_precise(log_p)), FLOOR)
     return rest, tl.log(rest)
 
 

@@ -6,8 +6,9 @@
 
 Limit: one read of the logits. A program is one tile of 4,096 columns of one row, so 64 rows of 151,936 logits are 2,432
 programs and few rows fill a device as many do, without a second code path; and what a tile's result is depends on
-neither the number of rows nor the device. A thread has 64 bytes (bf16) of 16-byte loads in flight, and programs that
-compute hide behind those that load.
+neither the number of rows nor the device. Only tensors laid out alike give the same bits: where the row stride is no
+multiple of 16, Triton gives each thread other columns, and sums are taken in another order. A thread has 64 bytes
+(bf16) of 16-byte loads in flight, and programs that compute hide behind those that load.
 
 Bytes of a row of V = 151,936 in bf16: read 303,872; peaks 4,748, sums 9,496, tiles 304 written: 1.02 reads with the
 peaks, 1.05 with peaks and sums. Groups of 128 would halve what is written, and double what is read again for K groups

@@ -42,7 +42,7 @@ def reverse_kl(
         tail: what truncated (top-k) supports do with the missing mass: "drop" the bare sum, which can be
             negative; "bucket" everything off the support is one more outcome; "renormalize" condition on the support.
             The last two are true divergences with their true gradients; sampled supports take "drop" only. "bucket"
-            knows the mass off the support to 1e-7 in fp32: give fp64 log-probabilities where less than that matters.
+            knows the mass off the support to 1e-6 in fp32: give fp64 log-probabilities where less than that matters.
         baseline: b: "none"; "mean", the w p weighted mean of A (the c_i sum to 0; on M samples scales the
             gradient by about 1 - 1/M); "loo", leave-one-out over the independent draws (unbiased). Only with
             tail="drop".

@@ -48,7 +48,7 @@ def topk_logprobs(logits: Tensor, k: int, *, temperature: float = 1.0) -> TopK:
 
     Args:
         logits: [N, V] bf16, fp16, fp32 or fp64, any row stride.
-        k: 1..V.
+        k: 1..V; at most 1,024 on the backends of a GPU (triton, cuda).
         temperature: divides the logits.
     Returns: ids int64 [N, k] (value descending, id ascending among ties), logprobs [N, k] and logsumexp [N] in fp32
         (fp64 for fp64). A row with a NaN has NaN logprobs and logsumexp, and valid ids. No gradient.

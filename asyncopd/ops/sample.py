@@ -58,7 +58,7 @@ def sample_support(
 
     Args:
         logits: [N, V] bf16, fp16, fp32 or fp64.
-        num_samples: M >= 0 draws a row. head: 0..V; head + M >= 1.
+        num_samples: M >= 0 draws a row. head: 0..V, at most 1,024 on the triton backend; head + M >= 1.
         seed: an int (row n draws from stream n), or int64 [N], one stream a row: the same stream gives the same draw
             whatever the batch, the chunk or the thread count. An int seed's row 0 is the stream of that number.
         sampled_ids: [N], the rollout's own tokens, drawn from mu elsewhere: each replaces the first draw of its row,

@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kLanes = 16;
 constexpr float kInf = std::numeric_limits<float>::infinity();
-constexpr double kEpsilon = FLT_EPSILON, kTiny = FLT_MIN;
+constexpr double kRestFloor = 8 * FLT_EPSILON, kTiny = FLT_MIN;
 
 // Bins are the upper 16 bits of a float that is not negative: 128 to an octave, infinity and NaN at the end.
 constexpr int64_t kBins = 1 << 15;

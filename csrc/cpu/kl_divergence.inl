@@ -1,12 +1,12 @@
 // The true divergences: forward KL, and reverse KL over a truncated support with its tail (see the reference's kl.py).
 
-// log(1 - mass). Below one rounding error of the mass nothing is known of it: the floor is eps.
+// log(1 - mass), with the floor that the reference explains: 8 eps of fp32.
 template <int kRows, Field x>
 PerRow<kRows> log_rest(const Tile& t) {
   PerRow<kRows> rest = log_mass<kRows, x>(t);
   for (int r = 0; r < kRows; ++r) {
     const double left = -std::expm1(rest.at[r]);
-    rest.at[r] = std::log(left < kEpsilon ? kEpsilon : left);
+    rest.at[r] = std::log(left < kRestFloor ? kRestFloor : left);
   }
   return rest;
 }

@@ -47,7 +47,7 @@ def test_head_and_tail_and_top_k(num_ids: int, isa: int) -> None:
         assert_matches(make_rows(37, num_ids, draw), spec, isa)
     for spec in TRUE:
         r = make_rows(37, num_ids, "top_k")
-        # Most of the mass on the support, but not so much that its rest is one rounding error of fp32.
+        # Most of the mass on the support, but not so much that its rest is a few rounding errors of fp32.
         assert_matches(r._replace(student=r.student - 0.05, teacher=r.teacher - 0.05), spec, isa, tolerance=6e-6)
 
 
@@ -103,7 +103,7 @@ def test_weights_of_nothing_and_of_everything(isa: int) -> None:
 
 
 def test_a_full_bucket_has_the_floor_of_fp32(isa: int) -> None:
-    """The whole mass on the support: what is left is one rounding error, not 0, and its logarithm not -inf."""
+    """The whole mass on the support: what is left is 8 rounding errors, not 0, and its logarithm not -inf."""
     r = make_rows(8, 20, "top_k", pads=False, masked=False)
     r = r._replace(student=r.student.log_softmax(1) + 1e-6, teacher=r.teacher.log_softmax(1) - 0.1)
     for divergence in ("reverse", "forward"):

@@ -1,6 +1,9 @@
 """The machine that runs .cu files on the host: it computes what CUDA would, and faults show, in kernels and in ours."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,6 +38,42 @@ def test_a_warp_may_run_far_ahead_of_another() -> None:
     seen = [run("racing_ahead", schedule) for schedule in host.SCHEDULES]
     # As written: who is last sees the next round's counter.
     assert any((values != values[0]).any() for values in seen)
+
+
+def test_a_compiler_that_checks_longjmp_is_told_not_to() -> None:
+    """Ubuntu's gcc defines _FORTIFY_SOURCE=3, and every switch between fibres aborted the process."""
+    compiler = host.compiler()
+    assert compiler is not None
+    done = pytest_in_a_process(["-k", "correct_kernel", __file__], CXX=" ".join([*compiler, "-D_FORTIFY_SOURCE=3"]))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{len(host.SCHEDULES)} passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "collected"),
+    [
+        (["tests/backends"], {}, False),
+        (["tests/backends"], {"ASYNCOPD_CUDA_ON_HOST": "1"}, True),
+        (["tests/backends/test_cuda_topk.py"], {}, True),
+    ],
+)
+def test_on_a_machine_with_a_gpu_these_tests_have_to_be_asked_for(
+    arguments: list[str], environment: dict[str, str], collected: bool
+) -> None:
+    done = pytest_in_a_process(["--collect-only", *arguments], "torch.cuda.is_available = lambda: True", **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("test_cuda_topk.py::" in done.stdout) is collected
+
+
+def pytest_in_a_process(
+    arguments: list[str], before: str = "pass", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    program = f"import sys, pytest, torch; {before}; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", program, "-q", "-p", "no:cacheprovider", "--no-cov", *arguments]
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("COV") and k != "ASYNCOPD_CUDA_ON_HOST"}
+    return subprocess.run(
+        command, cwd=host.ROOT, env=inherited | environment, capture_output=True, text=True, timeout=100
+    )
 
 
 @pytest.mark.parametrize("schedule", host.SCHEDULES)

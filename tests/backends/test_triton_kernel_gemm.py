@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from carried import carry
 from each_backend import DEVICES
 from torch import Tensor
 
@@ -163,7 +164,7 @@ def test_empty_products(rows: int, depth: int, columns: int) -> None:
 def test_what_does_not_fit_is_refused(change: dict[str, object], message: str) -> None:
     arguments = {"a": torch.zeros(4, 8), "b": torch.zeros(8, 6), "out": torch.zeros(4, 6), **change}
     on_device = {
-        name: value.to(DEVICE) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+        name: carry(value, DEVICE) if isinstance(value, Tensor) and value.device.type == "cpu" else value
         for name, value in arguments.items()
     }
     with pytest.raises((TypeError, ValueError), match=message):

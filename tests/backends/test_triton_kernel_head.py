@@ -21,6 +21,7 @@ from head_problem import (
     on_device,
 )
 from torch import Tensor
+from triton.runtime.interpreter import GridExecutor
 
 from asyncopd import kernels
 from asyncopd.backends import reference
@@ -84,6 +85,24 @@ def test_loss_and_its_gradients(
     monkeypatch.setattr(head_walk, "KEPT_BYTES", beside)
     problem = Problem(dtype, width=width, bias=room != "inside", mask=room != "everywhere")
     compare_losses(problem, scalars, need_weight, 4.0)
+
+
+@pytest.mark.skipif(not kernels.launch.INTERPRET, reason="on a GPU the compiler refuses fp64 in these kernels")
+def test_no_kernel_is_given_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher in fp64 makes the coefficients fp64. The interpreter promotes what the compiler would refuse."""
+    given = []
+    launch = GridExecutor.__call__
+
+    def recording(self: GridExecutor, *arguments: Any, **options: Any) -> None:
+        given.extend(a.dtype for a in (*arguments, *options.values()) if isinstance(a, Tensor))
+        launch(self, *arguments, **options)
+
+    monkeypatch.setattr(GridExecutor, "__call__", recording)
+    problem = Problem()
+    problem.teacher = problem.teacher.double()
+    compare_losses(problem, (1.3, -0.4, 3.0), True, 4.0)
+    assert torch.float32 in given
+    assert torch.float64 not in given
 
 
 def test_room_is_used_as_meant(monkeypatch: pytest.MonkeyPatch) -> None:

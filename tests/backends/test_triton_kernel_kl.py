@@ -76,7 +76,7 @@ def test_head_and_tail_and_top_k(rows: int, num_ids: int) -> None:
         assert_matches(r, spec, run(r, spec))
     for spec in [*TRUE, LossSpec(divergence="forward"), LossSpec(baseline="mean")]:
         r = make_rows(rows, num_ids, "top_k")
-        # Most of the mass on the support, but not so much that its rest is one rounding error of fp32.
+        # Most of the mass on the support, but not so much that its rest is a few rounding errors of fp32.
         r = r._replace(student=r.student - 0.05, teacher=r.teacher - 0.05)
         assert_matches(r, spec, run(r, spec), tolerance=6e-6)
     r = make_rows(rows, num_ids, "head_tail")
@@ -178,7 +178,7 @@ def test_weights_of_nothing_and_of_everything() -> None:
 
 
 def test_a_full_bucket_has_the_floor_of_fp32() -> None:
-    """The whole mass on the support: what is left is one rounding error, not 0, and its logarithm not -inf."""
+    """The whole mass on the support: what is left is 8 rounding errors, not 0, and its logarithm not -inf."""
     r = make_rows(8, 20, "top_k", pads=False, masked=False)
     r = r._replace(student=r.student.log_softmax(1) + 1e-6, teacher=r.teacher.log_softmax(1) - 0.1)
     for divergence in ("reverse", "forward"):

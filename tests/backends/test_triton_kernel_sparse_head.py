@@ -288,7 +288,9 @@ def test_softcap_from_the_smallest_to_the_largest_products(scalars: tuple[float,
 
 
 def test_an_infinite_product_is_its_own_logit() -> None:
-    case = Case(tensor([[INF], [1.0]]), tensor([[2.0], [-INF], [0.0]]), tensor([[0, 1, 2]] * 2), torch.ones(2, 3))
+    case = Case(
+        tensor([[INF], [1.0]]), tensor([[2.0], [-INF], [0.0]]), tensor([[0, 1, 2]] * 2), tensor([[1.0] * 3] * 2)
+    )
     for scalars in ((1.0, 1.0, None), (0.7, -1.3, None)):
         logits = replace(case, scalars=scalars).logits()
         torch.testing.assert_close(logits.double(), replace(case, scalars=scalars).expected()[0], equal_nan=True)

@@ -119,8 +119,10 @@ def test_layouts(rng: torch.Generator, layout: str) -> None:
         "every_second_column": base[:, ::2],
     }[layout]
     ids, logprobs, lse = topk_logprobs(logits, 20, 1.0)
-    for mine, theirs in zip((ids, logprobs, lse), topk_logprobs(logits.contiguous(), 20, 1.0), strict=True):
-        assert torch.equal(mine, theirs)
+    plain = topk_logprobs(logits.contiguous(), 20, 1.0)
+    assert torch.equal(ids, plain[0])
+    # Whether the row stride is a multiple of 16 decides how threads share a row: sums differ in their order.
+    torch.testing.assert_close((logprobs, lse), plain[1:], rtol=0, atol=1e-6)
     check(logits.cpu(), 20)
 
 

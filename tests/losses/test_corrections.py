@@ -105,10 +105,17 @@ def test_decoupled_ppo(backend: Backend, rng: torch.Generator, cap: float, basel
     s, sup, student = sampled(backend, rng)
     noise = 0.4 * torch.randn(s.log_p.shape, generator=rng, dtype=torch.float64)
     proximal = backend.tensor((s.log_p + noise).log_softmax(1)).gather(1, sup.ids)
+    dropped = (proximal.double() + sup.log_weights.double() + math.log(6)).exp() > cap
+    # Where the cap leaves entries of a single id, the mean of A is A itself: A - b is 0 but for rounding, and the sign
+    # of that decides whether the clip binds. Such a row has no right answer, not in fp64 either.
+    single = torch.tensor([len(set(i[~d].tolist())) == 1 for i, d in zip(sup.ids, dropped, strict=True)])
+    rows = torch.ones_like(single) if baseline == "none" else ~single
+    assert rows.sum() >= 7
+    sup = Support(sup.ids[rows], sup.teacher_logprobs[rows], sup.log_weights[rows], sup.draw)
+    student, proximal, dropped = student[rows], proximal[rows], dropped[rows]
     o = Options(baseline=baseline, certain=drawn, clip=(0.8, 1.2), proximal_cap=cap)
     correction = Correction(clip_eps=0.2, proximal_logprobs=proximal, proximal_cap=cap)
     _, coef = compare(backend, student, sup, o, proximal.double(), correction=correction)
-    dropped = (proximal.double() + sup.log_weights.double() + math.log(6)).exp() > cap
     assert dropped.any() == (cap < 5)
     assert (coef[dropped] == 0).all()
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from each_backend import rounding_of_dz
 from oracle import dense_reverse, reverse_gradient
 from scenes import full_support, scene, support
 from torch import Tensor
@@ -41,7 +42,8 @@ def test_int32_overflow_of_row_offsets(engine: str, rng: torch.Generator) -> Non
     logits.copy_(torch.randn(2, 100, generator=rng))
     near = logits.clone()
     ids = torch.tensor([[3, 99], [0, 50]])
-    assert torch.equal(gather_logprobs(logits, ids), gather_logprobs(near, ids))
+    # Triton adds up a row in an order that depends on whether the stride is a multiple of 16: 2^31 + 64 is, 100 is not.
+    torch.testing.assert_close(gather_logprobs(logits, ids), gather_logprobs(near, ids), rtol=0, atol=1e-6)
     assert torch.equal(topk_logprobs(logits, 5).ids, topk_logprobs(near, 5).ids)
     drawn = sample_support(logits, num_samples=4, head=2, seed=1)
     assert torch.equal(drawn.ids, sample_support(near, num_samples=4, head=2, seed=1).ids)
@@ -52,18 +54,18 @@ def test_int32_overflow_of_row_offsets(engine: str, rng: torch.Generator) -> Non
 def test_vocabulary_not_a_tile_multiple_gives_positive_logprobs(engine: str, rng: torch.Generator, vocab: int) -> None:
     # All-negative logits: zeros read past the end of a row, or padded in, would outweigh them.
     logits = torch.randn(3, vocab, generator=rng) - 50
+    exact = logits.double().log_softmax(1)
     every = torch.arange(vocab).expand(3, vocab)
-    for lp in (
-        gather_logprobs(logits, every),
-        topk_logprobs(logits, vocab).logprobs,
-        sample_support(logits, num_samples=1, head=vocab - 1, seed=0).logprobs,
-    ):
+    k = min(vocab, 1024) if engine == "triton" else vocab  # its limit
+    top = topk_logprobs(logits, k)
+    drawn = sample_support(logits, num_samples=1, head=min(k, vocab - 1), seed=0)
+    for ids, lp in ((every, gather_logprobs(logits, every)), (top.ids, top.logprobs), (drawn.ids, drawn.logprobs)):
         assert (lp <= 1e-5).all()
-        torch.testing.assert_close(lp.double().exp().sum(1), torch.ones(3).double(), rtol=0, atol=1e-4)
+        torch.testing.assert_close(lp.double(), exact.gather(1, ids), rtol=0, atol=1e-5)
     # The same through a head, whose bias makes the logits.
     hidden, weight = torch.zeros(3, 2), torch.zeros(vocab, 2)
-    lp = topk_logprobs((hidden @ weight.t()) + logits[0], vocab).logprobs
-    linear = linear_topk_logprobs(hidden, weight, vocab, bias=logits[0]).logprobs
+    lp = topk_logprobs((hidden @ weight.t()) + logits[0], k).logprobs
+    linear = linear_topk_logprobs(hidden, weight, k, bias=logits[0]).logprobs
     torch.testing.assert_close(linear, lp)
 
 
@@ -141,12 +143,18 @@ def test_bf16_accumulation_of_dw_and_dh_over_chunks(
     linear_reverse_kl(hidden, weight, sup, reduction="sum", **options).backward()
     wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     linear_reverse_kl(wide[0], wide[1], sup, reduction="sum", **options).backward()
-    for mine, theirs in zip((hidden, weight), wide, strict=True):
+    z = (wide[0] @ wide[1].t()).detach().requires_grad_()
+    scores = gather_logprobs(z, ids) if options.get("normalize") != "sampled" else z.gather(1, ids)
+    reverse_kl(scores, sup, reduction="sum", **options).backward()
+    assert z.grad is not None
+    # Only the exact loss multiplies dz with the head; where the coefficients sum to 0 their K rows of it are added up.
+    of_dz = rounding_of_dz(engine if not options else "reference", z.grad) @ wide[1].detach().abs()
+    for mine, theirs, allowed in zip((hidden, weight), wide, (of_dz, torch.zeros(())), strict=True):
         assert mine.grad is not None
         assert theirs.grad is not None
         # One rounding to bf16; what cancels to less than 1e-3 of the largest entry is fp32 rounding.
-        atol = 1e-5 * float(theirs.grad.abs().max())
-        torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=0.51 * 2**-7, atol=atol)
+        bound = 0.51 * 2**-7 * theirs.grad.abs() + 1e-5 * theirs.grad.abs().max() + allowed
+        assert ((mine.grad.double() - theirs.grad).abs() - bound).max() <= 0
 
 
 @pytest.mark.ops("topk_logprobs", "sample_support")

@@ -50,10 +50,18 @@ def test_the_measure_sees_a_materialised_head() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["topk", "gather", "reverse", "reverse_mean", "reverse_sampled", "forward"])
-def test_no_allocation_is_as_large_as_the_logits(engine: str, name: str, dtype: torch.dtype) -> None:
+def test_no_allocation_is_as_large_as_the_logits(
+    engine: str, name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine == "triton":  # its blocks hold everything that fits into some 100 MiB: a quarter of these logits
+        monkeypatch.setattr("asyncopd.kernels.linear_topk.CHUNK_BYTES", N * V)
+        monkeypatch.setattr("asyncopd.kernels.head_walk.TILE_ELEMENTS", N * V // 4)
+        monkeypatch.setattr("asyncopd.kernels.head_walk.KEPT_BYTES", N * V)
+    call = calls(dtype)[name]
+    call()  # the first product of a thread on a GPU allocates cuBLAS's workspace, 32 MiB on an H100
     # A quarter of the rows at a time, in fp32 or with int64 ids of a sort: at most half of N x V fp32 elements.
     limit = N * V * (2 if dtype == torch.bfloat16 else 4)
-    assert largest_allocation(calls(dtype)[name]) <= max(limit // 2, N * V * 2)
+    assert largest_allocation(call) <= max(limit // 2, N * V * 2)
 
 
 @pytest.mark.ops("linear_gather_logits", "linear_gather_logits_backward", "kl_rows")
