@@ -5,6 +5,7 @@ holds at a time: for a head's 622 million elements one a block would be 151,936)
 with no second [V, H] beside it.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -41,6 +42,8 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
         raise ValueError(f"gradient: got strides {list(gradient.stride())}, expected a contiguous tensor")
     size = gradient.numel()
     if size:
+        # A teacher in fp64 makes the loss fp64, and so what its backward is given.
+        factor = factor.to(torch.float32)
         launch(
             _scale_kernel,
             min(PROGRAMS, cdiv(size, BLOCK)),

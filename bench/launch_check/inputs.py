@@ -26,7 +26,8 @@ class Size:
 # Triton compiles variants for multiples of 16 and for 1: so usual sizes, whose blocks are those in use, and the others.
 LOGITS = {"usual": Size(4, 151_936, 64), "ones": Size(1, 999, 1)}
 HEADS = {"usual": Size(6, 40_000, 64), "ones": Size(1, 999, 1)}  # tiles of 4,096 columns, as at any larger vocabulary
-SCORES = {"usual": Size(6, 1000, 64), "ones": Size(1, 1000, 1)}
+# 12 rows of 64 are two programs of the [N, K] loss, whose sums another kernel adds.
+SCORES = {"usual": Size(12, 1000, 64), "ones": Size(1, 1000, 1)}
 # A stride of more than 32 bits needs no memory where there is one row.
 FAR_ROWS = Rule(("layout", "size"), lambda layout, size: layout != "rows 2^31 apart" or size == "ones")
 

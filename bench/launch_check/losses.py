@@ -146,13 +146,14 @@ LOSSES: dict[str, tuple[str | None, dict[str, Any]]] = {
 KINDS_OF_HEAD: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": "same", "logit_scale": 0.5, "weight": "transposed"},
+    "softcap": {"softcap": 30.0, "temperature": 0.7, "weight": "transposed"},
     "fp32 bias, softcap": {"bias": "fp32", "softcap": 30.0, "temperature": 0.7, "hidden": "rows apart"},
 }
 
 HEAD_OPTIONS = {
     "loss": tuple(LOSSES),
     "dtype": FLOATS,
-    "head": tuple(KINDS_OF_HEAD),
+    "head": ("plain", "bias", "fp32 bias, softcap"),
     "size": tuple(HEADS),
     "mask": (None, "bool", "int"),
     "metrics": (False, True),
@@ -165,6 +166,23 @@ HEAD_OPTIONS = {
 
 def through_head(case: Case) -> None:
     _through_head(case, None)
+
+
+# A head that is not trained and has no bias takes one walk, with kernels of its own, where the loss is exact.
+FROZEN_OPTIONS = {
+    "loss": ("reverse", "reverse, loo", "reverse, bucket", "forward", "ratio_cap"),
+    "dtype": FLOATS,
+    "head": ("plain", "softcap"),
+    "size": tuple(HEADS),
+    "mask": (None, "bool"),
+    "metrics": (False, True),
+    "teacher": ("fp32", "fp64"),
+    "ids": tuple(IDS),
+}
+
+
+def through_frozen_head(case: Case) -> None:
+    _through_head({**case, "trains": "hidden", "reduction": "mean"}, None)
 
 
 # What a shard changes is which ids are here; how teachers and metrics are launched is seen above.
