@@ -29,7 +29,7 @@ def _scale_kernel(
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
         for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
-            at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            at = tl.full((), BLOCK, tl.int64) * block + tl.arange(0, BLOCK)
             value = tl.load(values + at, mask=at < size, other=0.0).to(tl.float32)
             # What the caller dropped has gradient 0, even where it is NaN.
             value = tl.where(by == 0.0, 0.0, value * by)

@@ -187,7 +187,7 @@ def compile_cases() -> list[CompileCase]:
         },
         constexprs={"BLOCK": FLAT, "MARK": True},
         num_warps=4,
-        max_registers=40,
+        max_registers=48,
         divisible=("order", "factors", "sorted_rows", "sorted_factors", "keys", "named", "count", "k"),
     )
     return [order, *(_entries_case(cap) for cap in (False, True))]

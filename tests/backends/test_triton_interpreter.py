@@ -35,7 +35,11 @@ FILES = {
         100,
     ),
     "own-head": (["tests/backends/test_triton_kernel_head.py"], "", 35),
-    "own-frozen-head": (["tests/backends/test_triton_kernel_head_frozen.py"], "", 35),
+    "own-frozen-head": (
+        ["tests/backends/test_triton_kernel_head_frozen.py", "tests/backends/test_triton_kernel_scale.py"],
+        "",
+        45,
+    ),
     "own-sampled-head": (["tests/backends/test_triton_kernel_sparse_head.py"], "", 55),
     "own-losses": (["tests/backends/test_triton_kernel_kl.py"], "", 35),
     "shared-logits": (
