@@ -35,7 +35,7 @@ from asyncopd.kernels.launch import DEVICE_TYPE, DTYPES, Prepared, cdiv, padded,
 from asyncopd.kernels.numeric import INF, exp_precise, sum_pair
 
 ENTRIES = 512  # of a program, where a row is not longer
-MAX_IDS = 2048  # of a row: it is one block, and 512 threads have 4 entries each
+MAX_IDS = 2048  # of a row: it is one block, and 1,024 threads have 2 entries each
 TOTAL_BLOCK = 1024  # programs whose sums are added at a time
 
 
@@ -291,6 +291,12 @@ def block_of(num_ids: int) -> tuple[int, int]:
     return max(1, ENTRIES // width), width
 
 
+def warps_of(num_ids: int) -> int:
+    """Four entries a thread; two in the longest rows, where 16 warps with every option spill on sm_100."""
+    rows, width = block_of(num_ids)
+    return warps_for(rows * width, 4 if width < MAX_IDS else 2)
+
+
 @lru_cache(maxsize=256)
 def _prepared(spec: LossSpec, num_ids: int, given: tuple[bool, ...], total: bool, *, seeks: bool) -> Prepared:
     """The kernel with all but its tensors. `given`: which of them are there, for each has a Prepared of its own."""
@@ -312,7 +318,7 @@ def _prepared(spec: LossSpec, num_ids: int, given: tuple[bool, ...], total: bool
         total,
         seeks,
         COARSE,
-        num_warps=warps_for(rows * width, 4),
+        num_warps=warps_of(num_ids),
     )
 
 

@@ -4,9 +4,8 @@ from typing import Any
 
 from asyncopd.backends.loss_spec import LossSpec
 from asyncopd.kernels.compile_case import CompileCase
-from asyncopd.kernels.kl import MAX_IDS, TOTAL_BLOCK, _kl_kernel, _total_kernel, block_of
+from asyncopd.kernels.kl import MAX_IDS, TOTAL_BLOCK, _kl_kernel, _total_kernel, block_of, warps_of
 from asyncopd.kernels.kl_metrics import COARSE
-from asyncopd.kernels.launch import warps_for
 
 _NUMBERS = ("inverse", "log_cap", "log_proximal_cap", "log_low", "log_high")
 # Neither specialised on nor read in vectors.
@@ -62,7 +61,7 @@ def _compile_case(
         kernel=_kl_kernel,
         signature=signature,
         constexprs=constexprs,
-        num_warps=warps_for(block_rows * width, 4),
+        num_warps=warps_of(k),
         max_registers=max_registers,
         divisible=tuple(divisible),
     )
