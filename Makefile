@@ -40,8 +40,10 @@ $(BUILD): $(NATIVE) pyproject.toml
 demo: $(BUILD) ## teacher, student and the pipeline on this machine's CPU; writes runs/demo-sync and runs/demo-async
 	$(VENV)/bin/asyncopd demo
 
+# One process a core, at most eight. The coverage threshold is for whole runs: ARGS that select tests leave it out.
 test: $(BUILD) ## the test suite, with line coverage of asyncopd/
-	$(VENV)/bin/python -m pytest --cov=asyncopd --cov-report=term --cov-fail-under=90 $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal --cov=asyncopd --cov-report=term \
+	  $(if $(ARGS),,--cov-fail-under=90) $(ARGS)
 
 # A package of its own under build/, so that the ordinary extension stays. The sanitizer has to be loaded before Python,
 # which itself never frees all it has (no leak check), and before torch, whose libraries it does not know.

@@ -75,6 +75,8 @@ FILES = {
         "triton and not (masses and False)",
         150,
     ),
+    # Eager calls and ops: the same bits, the same refusals.
+    "shared-eager": (["tests/ops/test_eager.py"], "triton and (upstream or dropped or what_is_plain)", 40),
     # What rounding to 16 bits or a layout does, which the interpreter shows as an H100 does.
     "shared-rounding": (
         ["tests/losses/test_torch_integration.py", "tests/losses/test_field_bugs.py"],
