@@ -102,7 +102,7 @@ step_smoke() {
 }
 
 step_host() {
-    "$python" -m bench.host_time --device "$DEVICE" --results "$OUT/host.jsonl" ${ROUNDS:+--rounds "$ROUNDS"}
+    "$python" -m bench.host_time --device "$DEVICE" --results "$OUT/host.jsonl" --rounds "${ROUNDS:-60}"
 }
 
 step_probe() {
@@ -179,7 +179,7 @@ start_clocks() {
     if ! command -v nvidia-smi > /dev/null; then echo "nvidia-smi is not installed: no clocks"; return; fi
     # stdbuf: a line is written when it is known, and read when a part has been measured.
     stdbuf -oL nvidia-smi -lms 200 --format=csv \
-        --query-gpu=timestamp,clocks.sm,power.draw,temperature.gpu,clocks_event_reasons.active >> "$CLOCKS" 2>&1 &
+        --query-gpu=timestamp,clocks.sm,power.draw,temperature.gpu >> "$CLOCKS" 2>&1 &
     clocks=$!
     trap 'kill "$clocks" 2> /dev/null' EXIT
 }
@@ -209,8 +209,9 @@ pack_cache() {
 limit_of() {
     case $1 in
         build | bench) echo 90 ;;
-        smoke | host | profile | cuda) echo 60 ;;
-        probe) echo 100 ;;
+        smoke | cuda) echo 60 ;;
+        host | profile) echo 35 ;;
+        probe) echo 75 ;;
         triton) echo 240 ;;
         sanitize) echo 75 ;;
         *) echo 130 ;;

@@ -34,6 +34,8 @@ KeyFunction = Callable[..., tuple[Any, ...]]
 # By kernel, options and the arguments' types: how the key is made of arguments, the place of a tensor among them, and
 # what is compiled for each key.
 _forms: dict[tuple[Any, ...], tuple[KeyFunction, int, dict[tuple[Any, ...], Compiled]]] = {}
+# Triton unloads a kernel that nothing refers to any more, as after its caches are cleared.
+_loaded: list[Any] = []
 
 
 def launch(kernel: Any, programs: int, *args: Any, num_warps: int, **options: Any) -> Compiled | None:
@@ -92,6 +94,8 @@ def _launch_and_keep(
         if form is None:
             form = _forms.setdefault(form_key, (_key_function(kernel, args), tensor_at, {}))
         key = form[0](driver.active.get_current_device(), *args)
+        if key not in form[2]:
+            _loaded.append(result)
         return form[2].setdefault(key, (result.run, result.function, result.packed_metadata))
 
 

@@ -23,12 +23,13 @@ def _scale_kernel(
     values,  # [size], contiguous
     factor,  # ()
     size,
+    blocks,  # of BLOCK values; size + BLOCK may not fit into 32 bits
     BLOCK: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
-        for block in range(tl.program_id(0), tl.cdiv(size, BLOCK), tl.num_programs(0)):
+        for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
             at = tl.full((), BLOCK, tl.int64) * block + tl.arange(0, BLOCK)
             value = tl.load(values + at, mask=at < size, other=0.0).to(tl.float32)
             # What the caller dropped has gradient 0, even where it is NaN.
@@ -44,16 +45,9 @@ def scale_gradient_(gradient: Tensor, factor: Tensor) -> None:
     if size:
         # A teacher in fp64 makes the loss fp64, and so what its backward is given.
         factor = factor.to(torch.float32)
-        launch(
-            _scale_kernel,
-            min(PROGRAMS, cdiv(size, BLOCK)),
-            gradient,
-            factor,
-            size,
-            BLOCK,
-            INTERPRET,
-            num_warps=8,
-        )
+        blocks = cdiv(size, BLOCK)
+        programs = min(PROGRAMS, blocks)
+        launch(_scale_kernel, programs, gradient, factor, size, blocks, BLOCK, INTERPRET, num_warps=8)
 
 
 def compile_cases() -> list[CompileCase]:
@@ -65,6 +59,7 @@ def compile_cases() -> list[CompileCase]:
                 "values": f"*{dtype}",
                 "factor": "*fp32",
                 "size": "i64",
+                "blocks": "i32",
                 "BLOCK": "constexpr",
                 "INTERPRET": "constexpr",
             },

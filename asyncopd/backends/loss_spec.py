@@ -3,7 +3,7 @@
 import math
 from ast import literal_eval
 from dataclasses import dataclass, fields
-from functools import cache
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -75,7 +75,7 @@ def _word(option: str | bool | float | None) -> str:
     return repr(option if isinstance(option, str | bool) else float(option))
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _parse(text: str) -> LossSpec:
     words = text.split("|")
     if len(words) != len(SPEC_FIELDS):

@@ -22,8 +22,11 @@ def unavailable_reason() -> str | None:
     return None
 
 
-def raise_for_status(status: int, name: str, vocab: int) -> None:
-    """Turn what a launcher returned into the error that its caller should see."""
+def raise_for_status(status: int, name: str, vocab: int, ids: Tensor | None = None) -> None:
+    """Turn what a launcher returned into the error that its caller should see; `ids` are named if they are given."""
+    if status == BAD_ID and ids is not None:
+        low, high = ids.aminmax()
+        raise ValueError(f"ids: got values from {int(low)} to {int(high)}, expected -1 (pad) or 0..{vocab - 1}")
     if status == BAD_ID:
         raise ValueError(f"ids: got a value outside of -1 (pad) and 0..{vocab - 1}")
     if status != OK:

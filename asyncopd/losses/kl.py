@@ -1,6 +1,6 @@
 """The two losses on log-probabilities that somebody has already gathered."""
 
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -132,7 +132,7 @@ def _new_spec(*options: Any) -> LossSpec:
     return LossSpec(**dict(zip(SPEC_FIELDS, options, strict=True)))
 
 
-_kept_spec = cache(_new_spec)
+_kept_spec = lru_cache(maxsize=1024)(_new_spec)  # an option may change from step to step
 _NO_CORRECTION = Correction()
 
 

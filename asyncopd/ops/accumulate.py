@@ -14,7 +14,7 @@ from asyncopd.backends.reference.accumulate import check_gradient
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
-from asyncopd.ops.eager import plain
+from asyncopd.ops.eager import plain, save_tensors, saved_tensors
 from asyncopd.ops.head import prepare_head
 from asyncopd.ops.linear_gather import gather_from_head
 
@@ -61,7 +61,7 @@ class _LogitsInto(torch.autograd.Function):
         bias_grad: Tensor | None,
     ) -> Tensor:
         logits = gather_from_head(hidden, weight, ids, mask, "logits", bias, *scalars)
-        ctx.save_for_backward(logits, hidden, weight, ids, mask)
+        save_tensors(ctx, logits, hidden, weight, ids, mask)
         # Not saved for backward: autograd would take that each backward changes them for a mistake.
         ctx.scalars, ctx.gradients = scalars, (weight_grad, bias_grad)
         return logits
@@ -69,7 +69,7 @@ class _LogitsInto(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, gradients = ctx.saved_tensors, ctx.gradients
+        saved, gradients = saved_tensors(ctx), ctx.gradients
         if plain(grad, *saved, *gradients):
             dhidden = _run_backward_into(grad, *saved, *ctx.scalars, *gradients)
             # As the dispatcher does for what an op changes: autograd sees if somebody needed it as it was.

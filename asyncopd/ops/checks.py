@@ -101,6 +101,8 @@ def check_head(
         raise ValueError(
             f"lm_head_weight: got shape {list(weight.shape)}, expected [V, {hidden.shape[1]}] as hidden has columns"
         )
+    if weight.shape[0] == 0:
+        raise ValueError(f"lm_head_weight: got shape {list(weight.shape)}, expected at least one row (V)")
     if weight.dtype != hidden.dtype:
         raise TypeError(f"lm_head_weight: got {weight.dtype}, expected {hidden.dtype} as hidden (or use autocast)")
     if bias is not None:

@@ -11,9 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
+
+# These names of torch are private. In a version of torch that lacks one, every call goes through the custom ops, which
+# is slower and gives the same results.
+try:
+    from torch._C import _get_tracing_state, _len_torch_dispatch_stack, _len_torch_function_stack
+    from torch._C._functorch import peek_interpreter_stack
+
+    _CAN_TELL = hasattr(forward_ad, "_current_level")
+except ImportError:
+    _CAN_TELL = False
 
 _Backward = Callable[..., tuple[Tensor | None, ...]]
 _PLAIN = (Tensor, torch.nn.Parameter)
@@ -22,7 +30,8 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 def plain(*tensors: Tensor | None) -> bool:
     """Whether these are ordinary tensors with data, in a call that nothing traces, transforms or intercepts."""
     if (
-        torch.compiler.is_compiling()
+        not _CAN_TELL
+        or torch.compiler.is_compiling()
         or _len_torch_dispatch_stack()  # fake tensors, make_fx, selective checkpointing, flop counters
         or _len_torch_function_stack()  # a default device, say: backends would allocate on it
         or peek_interpreter_stack() is not None  # vmap, grad, jvp and functionalize of torch.func
@@ -30,10 +39,37 @@ def plain(*tensors: Tensor | None) -> bool:
         or _get_tracing_state() is not None
     ):
         return False
-    for tensor in tensors:  # noqa: SIM110, because all() of a generator takes twice as long
-        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta):
-            return False
+    try:
+        for tensor in tensors:
+            if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_meta or _has_no_data(tensor)):
+                return False
+    except RuntimeError:  # a batched tensor of the older vmap (is_grads_batched=True) has no address
+        return False
     return True
+
+
+def _has_no_data(tensor: Tensor) -> bool:
+    """Whether its memory does not hold its values: zero tensors, functional wrappers, views that negate."""
+    return tensor.is_neg() or (tensor.data_ptr() == 0 and tensor.numel() > 0)
+
+
+def save_tensors(ctx: Any, *tensors: Tensor | None) -> None:
+    """`ctx.save_for_backward`, also for tensors made under inference_mode (a teacher's scores, say).
+
+    Autograd refuses to save those, because they have no version by which it would see a change. Outside of
+    inference_mode nothing can change them, so the context keeps them as they are.
+    """
+    kept = tuple(t if t is not None and t.is_inference() else None for t in tensors)
+    ctx.inference_tensors = kept if any(t is not None for t in kept) else None
+    ctx.save_for_backward(*(t if k is None else None for t, k in zip(tensors, kept, strict=True)))
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """The tensors, or None, that `save_tensors` or `ctx.save_for_backward` saved, in the same order."""
+    kept = getattr(ctx, "inference_tensors", None)
+    if kept is None:
+        return tuple(ctx.saved_tensors)
+    return tuple(s if k is None else k for s, k in zip(ctx.saved_tensors, kept, strict=True))
 
 
 def first_order(name: str) -> Callable[[_Backward], _Backward]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from asyncopd.backends import select
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
-from asyncopd.ops.eager import first_order, plain
+from asyncopd.ops.eager import first_order, plain, save_tensors, saved_tensors
 
 
 def _run_gather(logits: Tensor, ids: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ def _save_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 @first_order("gather_logprobs")
 def _gather_gradient(ctx: Any, grad: Tensor, _grad_lse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-    logits, lse, ids = ctx.saved_tensors
+    logits, lse, ids = saved_tensors(ctx)
     run = _run_gather_backward if plain(grad, logits) else _gather_backward
     return run(grad, logits, lse, ids, ctx.temperature), None, None
 
@@ -60,7 +60,7 @@ class GatherLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
         logprobs, lse = _run_gather(logits, ids, temperature)
         ctx.temperature = temperature
-        ctx.save_for_backward(logits, lse, ids)
+        save_tensors(ctx, logits, lse, ids)
         return logprobs
 
     backward = staticmethod(_gather_gradient)

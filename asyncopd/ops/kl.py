@@ -6,7 +6,7 @@ coefficients: the first backward scales them in place and gives them away, anoth
 computed again.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from asyncopd.backends import select
 from asyncopd.backends.loss_spec import LossMetrics, LossSpec
 from asyncopd.backends.reference.rows import compute_dtype
-from asyncopd.ops.eager import first_order, plain
+from asyncopd.ops.eager import first_order, plain, save_tensors, saved_tensors
 
 _TENSORS = "Tensor student, Tensor teacher, Tensor log_weights, Tensor ids, Tensor? mask, Tensor? proximal"
 _ROWS_SCHEMA = f"({_TENSORS}, str spec) -> (Tensor rows, Tensor coef, Tensor metrics)"
@@ -136,7 +136,7 @@ class KLRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, inputs: KLInputs, spec: LossSpec) -> Tensor | tuple[Tensor, Tensor]:
         rows, ctx.coef, metrics = _run_rows(student, inputs, spec)
-        return _saved(ctx, rows, metrics, student, inputs, spec)
+        return _saved(ctx, rows, metrics, (student, *inputs, None), spec)
 
     @staticmethod
     @first_order("kl_rows")
@@ -145,7 +145,7 @@ class KLRows(torch.autograd.Function):
             return None, None, None
         coef, ctx.coef = ctx.coef, None
         if coef is None:
-            student, *inputs = ctx.saved_tensors
+            student, *inputs, _ = saved_tensors(ctx)
             coef = _run_rows(student, tuple(inputs), ctx.spec)[1]
         if plain(grad):
             select("scale_rows_", coef.device, coef.dtype)(coef, grad)
@@ -160,8 +160,10 @@ class KLLoss(torch.autograd.Function):
         ctx: Any, student: Tensor, inputs: KLInputs, denominator: Tensor | float | None, spec: LossSpec
     ) -> Tensor | tuple[Tensor, Tensor]:
         loss, ctx.coef, metrics = _run_loss(student, inputs, denominator, spec)
-        ctx.denominator = denominator
-        return _saved(ctx, loss, metrics, student, inputs, spec)
+        # A tensor is saved, so that autograd sees if somebody changes it before a second backward.
+        by = denominator if isinstance(denominator, Tensor) else None
+        ctx.denominator = None if by is not None else denominator
+        return _saved(ctx, loss, metrics, (student, *inputs, by), spec)
 
     @staticmethod
     @first_order("kl_loss")
@@ -170,8 +172,9 @@ class KLLoss(torch.autograd.Function):
             return None, None, None, None
         coef, ctx.coef = ctx.coef, None
         if coef is None:
-            student, *inputs = ctx.saved_tensors
-            coef = _run_loss(student, tuple(inputs), ctx.denominator, ctx.spec)[1]
+            student, *inputs, denominator = saved_tensors(ctx)
+            by = ctx.denominator if denominator is None else denominator
+            coef = _run_loss(student, tuple(inputs), by, ctx.spec)[1]
         if not plain(grad):
             coef = torch.where(grad == 0, 0.0, coef * grad)
         elif not (grad.is_cpu and grad.item() == 1.0):  # on a device only a kernel can look at it
@@ -180,11 +183,13 @@ class KLLoss(torch.autograd.Function):
 
 
 def _saved(
-    ctx: Any, out: Tensor, metrics: Tensor, student: Tensor, inputs: KLInputs, spec: LossSpec
+    ctx: Any, out: Tensor, metrics: Tensor, inputs: tuple[Tensor | None, ...], spec: LossSpec
 ) -> Tensor | tuple[Tensor, Tensor]:
     """What the forward returns: the metrics as well where they are wanted. The inputs are for a second backward."""
-    ctx.spec, ctx.dtype = spec, student.dtype
-    ctx.save_for_backward(student, *inputs)
+    student, *others = inputs
+    ctx.spec, ctx.dtype = spec, cast(Tensor, student).dtype
+    # Detached, since a teacher's scores may have a graph of their own, which would be kept alive.
+    save_tensors(ctx, student, *(t.detach() if t is not None and t.requires_grad else t for t in others))
     ctx.set_materialize_grads(False)
     if not spec.metrics:
         return out
@@ -209,7 +214,12 @@ def loss_and_metrics(
 ) -> tuple[Tensor, Tensor | None]:
     """The sum of the row losses over `denominator`, None for the number of rows that count; and the metrics."""
     by = denominator if isinstance(denominator, Tensor) else None
-    if not plain(student, *inputs, by):
+    if torch.compiler.is_compiling() and isinstance(denominator, float | torch.SymFloat):
+        # Divided outside of the op: as an argument, each value of the number would be compiled anew.
+        one = student.new_ones((), dtype=compute_dtype(student, inputs.teacher))
+        loss, _, metrics = kl_loss(student, *inputs, one, spec.text)
+        loss = loss / denominator
+    elif not plain(student, *inputs, by):
         if not isinstance(denominator, Tensor) and denominator is not None:
             dtype = compute_dtype(student, inputs.teacher)
             denominator = torch.full((), denominator, dtype=dtype, device=student.device)

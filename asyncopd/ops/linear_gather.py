@@ -14,7 +14,7 @@ from asyncopd.backends import select
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
 from asyncopd.ops import checks
-from asyncopd.ops.eager import first_order, plain
+from asyncopd.ops.eager import first_order, plain, save_tensors, saved_tensors
 from asyncopd.ops.head import prepare_head
 
 
@@ -160,7 +160,7 @@ _HeadGradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _logprobs_gradients(ctx: Any, grad: Tensor) -> _HeadGradients:
-    lse, hidden, weight, ids, bias, mask = ctx.saved_tensors
+    lse, hidden, weight, ids, bias, mask = saved_tensors(ctx)
     need_weight = ctx.needs_input_grad[1]
     run: Callable[..., Any] = _run_linear_gather_backward if plain(grad, hidden, weight) else _linear_gather_backward
     dh, dw, db = run(grad, hidden, weight, lse, ids, bias, mask, *ctx.scalars, need_weight)
@@ -168,7 +168,7 @@ def _logprobs_gradients(ctx: Any, grad: Tensor) -> _HeadGradients:
 
 
 def _logits_gradients(ctx: Any, grad: Tensor) -> _HeadGradients:
-    logits, hidden, weight, ids, bias, mask = ctx.saved_tensors
+    logits, hidden, weight, ids, bias, mask = saved_tensors(ctx)
     need_weight = ctx.needs_input_grad[1]
     run: Callable[..., Any] = _run_linear_logits_backward if plain(grad, hidden, weight) else _linear_logits_backward
     dh, dw, db = run(grad, logits, hidden, weight, ids, bias, mask, *ctx.scalars, need_weight)
@@ -207,7 +207,7 @@ class LinearGatherLogprobs(torch.autograd.Function):
     ) -> Tensor:
         logprobs, lse = _run_linear_gather(hidden, weight, ids, bias, mask, *scalars)
         ctx.scalars = scalars
-        ctx.save_for_backward(lse, hidden, weight, ids, bias, mask)
+        save_tensors(ctx, lse, hidden, weight, ids, bias, mask)
         return logprobs
 
     @staticmethod
@@ -229,7 +229,7 @@ class LinearGatherLogits(torch.autograd.Function):
     ) -> Tensor:
         logits = _run_linear_logits(hidden, weight, ids, bias, mask, *scalars)
         ctx.scalars = scalars
-        ctx.save_for_backward(logits, hidden, weight, ids, bias, mask)
+        save_tensors(ctx, logits, hidden, weight, ids, bias, mask)
         return logits
 
     @staticmethod

@@ -14,7 +14,7 @@ from asyncopd.backends import select
 from asyncopd.backends.loss_spec import LossMetrics, LossSpec
 from asyncopd.backends.reference.head import Head
 from asyncopd.backends.reference.rows import compute_dtype
-from asyncopd.ops.eager import first_order, plain
+from asyncopd.ops.eager import first_order, plain, save_tensors, saved_tensors
 
 _SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor? mask, Tensor ids, Tensor teacher, Tensor log_weights, "
@@ -154,7 +154,7 @@ class LinearKL(torch.autograd.Function):
         ctx.scalars, ctx.spec, ctx.needs = scalars, spec, (hidden.requires_grad, weight.requires_grad)
         loss, metrics, *gradients = LinearKL.run(ctx, hidden, weight, bias, *inputs)
         ctx.gradients = tuple(gradients)
-        ctx.save_for_backward(hidden, weight, bias, *inputs)
+        save_tensors(ctx, hidden, weight, bias, *inputs)
         ctx.mark_non_differentiable(metrics)
         ctx.set_materialize_grads(False)
         return loss, metrics
@@ -183,7 +183,7 @@ class LinearKL(torch.autograd.Function):
             return (None,) * 6
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:  # a second backward through a graph that was retained
-            gradients = LinearKL.run(ctx, *ctx.saved_tensors)[2:]
+            gradients = LinearKL.run(ctx, *saved_tensors(ctx))[2:]
         return *_scaled(ctx, gradients, grad, in_place=plain(grad)), None, None, None
 
 

@@ -3,12 +3,14 @@
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import asyncopd
 from asyncopd import Correction
+from asyncopd.kernels import head_walk
 from bench.launch_check.inputs import (
     DTYPES,
     FLOATS,
@@ -185,6 +187,35 @@ def through_frozen_head(case: Case) -> None:
     _through_head({**case, "trains": "hidden", "reduction": "mean"}, None)
 
 
+# At a real vocabulary some rows of e are kept in dW, some beside it, and some logits are multiplied again. Here that
+# takes more rows than the head has columns, and little room beside dW.
+MANY_ROWS_OPTIONS = {
+    "loss": ("reverse", "forward"),
+    "dtype": FLOATS,
+    "beside": (0, 20),  # rows
+    "mask": (None, "bool"),
+    "trains": ("both", "weight"),
+}
+MANY_ROWS = Size(2 * WIDTH, 9_000, 5)
+
+
+def through_many_rows(case: Case) -> None:
+    room = case["beside"] * (MANY_ROWS.vocab + 16) * (4 if case["dtype"] == "fp32" else 2)
+    others = {"head": "plain", "metrics": False, "reduction": "mean", "teacher": "fp32", "ids": "int64"}
+    with mock.patch.object(head_walk, "KEPT_BYTES", room):
+        _through_head({**case, **others}, None, MANY_ROWS)
+
+
+# A vocabulary at which a row of the weight is split into slices of 64 columns.
+WIDE_OPTIONS = {"loss": ("sampled",), "dtype": ("bf16", "fp32"), "trains": ("both", "hidden"), "ids": tuple(IDS)}
+WIDE = Size(2, 220_000, 64)
+
+
+def through_wide_head(case: Case) -> None:
+    others = {"head": "plain", "mask": None, "metrics": False, "reduction": "mean", "teacher": "fp32"}
+    _through_head({**case, **others}, None, WIDE)
+
+
 # What a shard changes is which ids are here; how teachers and metrics are launched is seen above.
 _OF_A_SHARD = ("loss", "dtype", "head", "mask", "trains")
 SHARDED_OPTIONS = {name: HEAD_OPTIONS[name] for name in _OF_A_SHARD}
@@ -196,8 +227,8 @@ def through_sharded_head(case: Case) -> None:
     _through_head({**case, **others}, LonelyShard.of_sizes(HEADS["usual"].vocab, 500))
 
 
-def _through_head(case: Case, shard: LonelyShard | None) -> None:
-    size, dtype, trains = HEADS[case["size"]], case["dtype"], case["trains"]
+def _through_head(case: Case, shard: LonelyShard | None, size: Size | None = None) -> None:
+    size, dtype, trains = size or HEADS[case["size"]], case["dtype"], case["trains"]
     head: dict[str, Any] = {"hidden": "contiguous", "weight": "contiguous", "bias": None}
     head |= KINDS_OF_HEAD[case["head"]]
     draw, loss_options = LOSSES[case["loss"]]

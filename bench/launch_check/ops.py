@@ -32,6 +32,8 @@ OPS = (
     Op("linear_gather_logits_into", gathering.LOGITS_INTO_OPTIONS, (), gathering.logits_into),
     Op("linear_reverse_kl, linear_forward_kl", losses.HEAD_OPTIONS, (), losses.through_head),
     Op("linear_reverse_kl, frozen head", losses.FROZEN_OPTIONS, (), losses.through_frozen_head),
+    Op("linear losses, many rows", losses.MANY_ROWS_OPTIONS, (), losses.through_many_rows),
+    Op("linear_reverse_kl, slices of 64 columns", losses.WIDE_OPTIONS, (), losses.through_wide_head),
     Op("vocab_parallel_linear_reverse_kl, _forward_kl", losses.SHARDED_OPTIONS, (), losses.through_sharded_head),
     Op("vocab_parallel_topk_logprobs, _linear", extraction.SHARDED_TOPK_OPTIONS, (), extraction.sharded_topk),
 )

@@ -10,7 +10,8 @@ from bench.probe.row_topk import row_topk_kernel
 from bench.probe.setting import BF16, Setting
 
 # Warps, stages of the loop over tiles, registers a thread: what fits an SM three times, or hides more loads.
-VARIANTS = ((8, 1, 80), (8, 3, 80), (8, 2, 96), (16, 1, 64), (16, 3, 64))
+# Each takes 6 s to compile at a real vocabulary.
+VARIANTS = ((8, 1, 80), (8, 2, 96), (16, 1, 64))
 
 
 def run(setting: Setting) -> None:

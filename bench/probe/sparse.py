@@ -7,7 +7,7 @@ from asyncopd.kernels import sparse_rows
 from bench.measure import Call
 from bench.probe.setting import Setting
 
-SLICES, DRY_SLICES = (64, 128, 256, 512), (64,)
+SLICES, DRY_SLICES = (64, 128, 256, 512), (64, 256)
 
 
 def run(setting: Setting) -> None:
@@ -16,7 +16,7 @@ def run(setting: Setting) -> None:
     def of_slice(width: int) -> Call:
         def forward_and_backward() -> None:
             hidden.grad = weight.grad = None
-            with mock.patch.object(sparse_rows, "SLICE", width):
+            with mock.patch.object(sparse_rows, "SLICES", (width,)):
                 asyncopd.linear_reverse_kl(
                     hidden, weight, setting.support, normalize="sampled", baseline="mean"
                 ).backward()

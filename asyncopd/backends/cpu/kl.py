@@ -1,7 +1,7 @@
 """The [N, K] loss: row losses or their sum, coefficients and metrics in one pass over the support."""
 
 import math
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -132,7 +132,7 @@ def _run(
     return coef, metrics
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _options(spec: LossSpec) -> "_C.KlOptions":
     return _C.KlOptions(
         divergence=_DIVERGENCES[spec.divergence],

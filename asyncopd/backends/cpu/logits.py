@@ -45,7 +45,7 @@ def gather_logprobs(
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
     )
-    raise_for_status(status, "cpu_gather_logprobs", vocab)
+    raise_for_status(status, "cpu_gather_logprobs", vocab, ids)
     return logprobs, lse
 
 

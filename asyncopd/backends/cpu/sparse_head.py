@@ -58,7 +58,7 @@ def linear_gather_logits(
         threads=torch.get_num_threads() if threads is None else threads,
         isa=isa,
     )
-    raise_for_status(status, "cpu_linear_gather_logits", weight.shape[0])
+    raise_for_status(status, "cpu_linear_gather_logits", weight.shape[0], ids)
     return logits
 
 

@@ -165,7 +165,7 @@ class Walk:
                 lse=lse.data_ptr() if cols.stop == vocab else 0,
                 threads=torch.get_num_threads(),
             )
-            raise_for_status(status, "cpu_gather_tile", vocab)
+            raise_for_status(status, "cpu_gather_tile", vocab, self.ids)
             if visit is not None:
                 visit(cols, z)
         return logprobs, lse
