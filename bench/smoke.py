@@ -127,6 +127,13 @@ def scores_loss(function: Callable[..., Tensor], **options: object) -> Callable[
     return run
 
 
+def row_losses(i: Inputs) -> Outputs:
+    logprobs = _leaf(i.support.teacher_logprobs - 0.1 * i.grad.tanh())
+    rows = asyncopd.reverse_kl(logprobs, i.support, mask=i.mask, reduction="none")
+    (grad,) = _gradients(rows, logprobs, grad=i.grad[:, 0].contiguous())
+    return {"losses": rows, "gradient": grad}
+
+
 def head_loss(function: Callable[..., Tensor], **options: object) -> Callable[[Inputs], Outputs]:
     """A loss straight from hidden states."""
 
@@ -161,6 +168,7 @@ OPS: dict[str, Callable[[Inputs], Outputs]] = {
     "linear_topk_logprobs": linear_topk,
     "linear_gather_logprobs": linear_gather,
     "reverse_kl": scores_loss(asyncopd.reverse_kl),
+    "reverse_kl, row losses": row_losses,
     "reverse_kl, sampled": scores_loss(asyncopd.reverse_kl, normalize="sampled", baseline="mean"),
     "forward_kl": scores_loss(asyncopd.forward_kl),
     "linear_reverse_kl": head_loss(asyncopd.linear_reverse_kl),

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -234,6 +235,8 @@ def test_the_suite_writes_results_that_are_the_statistics_of_pytest_benchmark(tm
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "bench/test_suite.py", *arguments, *files],
         cwd=ROOT,
+        # In a process of pytest-xdist, pytest-benchmark measures nothing.
+        env={name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")},
         capture_output=True,
         text=True,
         timeout=110,

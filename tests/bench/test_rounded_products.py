@@ -201,7 +201,7 @@ def test_no_product_is_contracted_into_the_difference_that_follows(compiled: tup
         ("gather", "gather-bf16"),
         ("topk", "topk-bf16-k64"),
         ("sample", "sample-draw-plain-bf16"),
-        ("kl", "kl-reverse-bucket-k64-fp32"),
+        ("kl_cases", "kl-reverse-bucket-k64-fp32"),
     ],
 )
 def test_every_rounding_error_of_a_kernel_is_that_of_a_rounded_product(module: str, case: str) -> None:

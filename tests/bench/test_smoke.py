@@ -59,7 +59,7 @@ def test_the_kernels_of_this_machine_are_right_and_shares_have_all_the_calls(
     [
         ("topk_logprobs", lambda ids, scores, lse: (ids.flip(1), scores, lse), r"ids: 0\.0 % the same, expected 100 %"),
         ("topk_logprobs", lambda ids, scores, lse: (ids, scores, lse + 1e-2), "logsumexp: off by"),
-        ("kl_rows", lambda rows, coef, metrics: (rows, coef * torch.nan, metrics), "gradient: not finite where"),
+        ("kl_loss", lambda loss, coef, metrics: (loss, coef * torch.nan, metrics), "gradient: not finite where"),
         ("linear_kl", lambda loss, m, dh, dw, db: (loss, m, dh.roll(1, 0), dw, db), "dhidden: off by"),
         ("sample_support", lambda ids, *rest: (ids.roll(1, 0), *rest), "drawn ids: "),
     ],
@@ -93,7 +93,7 @@ def test_an_op_that_breaks_ends_the_process_by_its_name(
     def broken(*args: Any) -> None:
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(backends.module("cpu"), "kl_rows", broken)
+    monkeypatch.setattr(backends.module("cpu"), "kl_loss", broken)
     monkeypatch.setattr("os._exit", ended)
     with pytest.raises(Ended, match=str(smoke.BROKE)):
         smoke.check("cpu", CPU, Share())

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -91,7 +92,9 @@ def test_train_refuses_to_overwrite_and_bad_settings_with_one_line(tmp_path: Pat
 
 
 def test_doctor_says_what_works_and_why_not() -> None:
-    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    # The width of a console that was made when the module was imported depends on the process.
+    with mock.patch.object(sys.modules["asyncopd.cli.app"], "console", Console(width=200)):
+        result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
     for word in ("reference", "triton", "cuda", "gather_logprobs", "memory available", "transformers"):
         assert word in result.output
@@ -101,7 +104,9 @@ def test_doctor_says_what_works_and_why_not() -> None:
 
 
 def doctor() -> str:
-    result = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    # The width of a console that was made when the module was imported depends on the process.
+    with mock.patch.object(sys.modules["asyncopd.cli.app"], "console", Console(width=200)):
+        result = CliRunner().invoke(app, ["doctor"])
     assert result.exit_code == 0, result.output
     return " ".join(result.output.split())
 
