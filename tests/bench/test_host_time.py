@@ -21,7 +21,7 @@ needs_compiler = pytest.mark.skipif(
 
 def test_gated_calls_are_measured_and_torch_is_that_of_the_suite() -> None:
     calls = host_time.compared(torch.device("cpu"))
-    assert {name for name, _ in calls} >= set(test_host_gates.GATED)
+    assert {name for name, _ in calls} >= set(test_host_gates.AT_MOST)
     assert {provider for _, provider in calls} == {EAGER, OURS}
     assert [name for name, _ in list(calls)[::2]] == [name for name, _ in list(calls)[1::2]], "side by side"
     for family, name in (("topk", "topk_logprobs"), ("gather", "gather_logprobs, forward + backward")):
