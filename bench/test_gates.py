@@ -137,7 +137,7 @@ def test_head_times(heads: tuple[HeadInputs, dict[str, Call]], report_timing: Re
     bounds = [
         Bound("exact", "products", 1.15),
         Bound("half masked", "exact", 0.65),
-        # 13.9 to 16 measured; 15 was the bound while the exact head took 2.8 s (now 2.1). Pages of dW bind the sampled one.
+        # Measured: 13.9 to 16. The bound was 15 while the exact head took 2.8 s; it takes 2.1 s now.
         Bound.faster("sampled", "exact", 12),
     ]
     report_timing(hold(heads[1], bounds, rounds=2)["exact"])
