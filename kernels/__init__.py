@@ -5,7 +5,8 @@ tensors' device and its current stream, without synchronising. TRITON_INTERPRET=
 them on the CPU, slowly, for tests. Block sizes come from the cost models in the modules; ASYNCOPD_AUTOTUNE=FILE has
 those of the products measured, and records the choices (tuning.py).
 
-Not yet run on a GPU: interpreted, compiled ahead of time and inspected, nothing more.
+An earlier version of these kernels ran on an H100. This one has been interpreted, compiled ahead of time and launched
+with a stand-in driver; `bench/gpu.sh` runs it on a GPU.
 """
 
 import importlib.util

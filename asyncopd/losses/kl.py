@@ -37,7 +37,7 @@ def reverse_kl(
     Args:
         student_logprobs: [N, K] log p at `support.ids` (`gather_logprobs`); with normalize="sampled" unnormalised
             logits will do as well.
-        support: ids, log q and log w, [N, K] each.
+        support: ids, log q and log w, [N, K] each; K at most 2,048 on the triton backend.
         mask: [N] bool or 0/1, rows that count.
         normalize: "exact": log-probabilities as given. "sampled": normalised by log sum_i w_i exp(z_i) over the
             support: consistent, not unbiased; no vocabulary-wide work at all.

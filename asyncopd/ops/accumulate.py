@@ -72,7 +72,7 @@ class _LogitsInto(torch.autograd.Function):
         saved, gradients = saved_tensors(ctx), ctx.gradients
         if plain(grad, *saved, *gradients):
             dhidden = _run_backward_into(grad, *saved, *ctx.scalars, *gradients)
-            # As the dispatcher does for what an op changes: autograd sees if somebody needed it as it was.
+            # As the dispatcher does for what an op changes: autograd then refuses a backward that needs the old values.
             torch.autograd.graph.increment_version([g for g in gradients if g is not None])
         else:
             dhidden = _backward_into(grad, *saved, *ctx.scalars, *gradients)

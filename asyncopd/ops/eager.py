@@ -1,8 +1,8 @@
 """Whether an op may call its backend straight, without torch's dispatcher, and what such a call owes autograd.
 
 The custom ops are for what has to see an op as one call: torch.compile, fake tensors, functorch, dispatch and function
-modes. In an ordinary eager step nobody does, and the dispatcher's Python would cost several times what a small kernel
-takes: there an op is its backend's function, or one `torch.autograd.Function`. Both ways give the same bits, and the
+modes. An ordinary eager step has none of these, and the dispatcher's Python would cost several times what a small
+kernel takes: there an op is its backend's function, or one `torch.autograd.Function`. Both ways give the same bits, and the
 same behaviour.
 """
 
@@ -73,7 +73,7 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
 
 
 def first_order(name: str) -> Callable[[_Backward], _Backward]:
-    """Of a backward that computes without a graph: whoever differentiates its gradients is told that there is none.
+    """Of a backward that computes without a graph: differentiating its gradients raises an error.
 
     Autograd would take them for constants. With create_graph=True gradients are enabled in a backward. (Unlike
     torch's `once_differentiable`, which says nothing where the upstream gradient itself needs no gradient.)

@@ -74,7 +74,7 @@ def _run_loss(student: Tensor, inputs: tuple[Any, ...], denominator: Tensor | fl
 def _check_shapes(
     student: Tensor, teacher: Tensor, log_weights: Tensor, ids: Tensor, mask: Tensor | None, proximal: Tensor | None
 ) -> None:
-    """For whoever calls the op itself: the losses have checked this, and the backends do not again."""
+    """For direct calls of the op: the losses have checked this already, and the backends do not check it again."""
     for name, scores in (("teacher", teacher), ("log_weights", log_weights), ("ids", ids), ("proximal", proximal)):
         if scores is not None and (scores.shape != student.shape or scores.device != student.device):
             raise ValueError(
@@ -160,7 +160,7 @@ class KLLoss(torch.autograd.Function):
         ctx: Any, student: Tensor, inputs: KLInputs, denominator: Tensor | float | None, spec: LossSpec
     ) -> Tensor | tuple[Tensor, Tensor]:
         loss, ctx.coef, metrics = _run_loss(student, inputs, denominator, spec)
-        # A tensor is saved, so that autograd sees if somebody changes it before a second backward.
+        # A tensor is saved, so that autograd detects a change of it before a second backward.
         by = denominator if isinstance(denominator, Tensor) else None
         ctx.denominator = None if by is not None else denominator
         return _saved(ctx, loss, metrics, (student, *inputs, by), spec)
