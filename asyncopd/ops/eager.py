@@ -2,8 +2,8 @@
 
 The custom ops are for what has to see an op as one call: torch.compile, fake tensors, functorch, dispatch and function
 modes. An ordinary eager step has none of these, and the dispatcher's Python would cost several times what a small
-kernel takes: there an op is its backend's function, or one `torch.autograd.Function`. Both ways give the same bits, and the
-same behaviour.
+kernel takes: there an op is its backend's function, or one `torch.autograd.Function`. Both ways give the same bits
+and the same behaviour.
 """
 
 from collections.abc import Callable
